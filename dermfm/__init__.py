@@ -1,0 +1,1 @@
+"""Image-text foundation models for skin lesions, pretrained on synthesized clinical notes."""
