@@ -20,6 +20,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 T = TypeVar("T")
+SHOWN_NAMES = 16  # how many valid names a message lists
 REQUIRED: Any = "???"  # OmegaConf's mark of a value that must be given
 
 
@@ -41,7 +42,10 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     """'did you mean …' with the closest valid name, else the list of valid names."""
     names = sorted(map(str, valid))
     close = difflib.get_close_matches(str(name), names, n=1)
-    return f"did you mean '{close[0]}'?" if close else f"valid: {', '.join(names)}"
+    if close:
+        return f"did you mean '{close[0]}'?"
+    more = f", … ({len(names)} in all)" if len(names) > SHOWN_NAMES else ""
+    return f"valid: {', '.join(names[:SHOWN_NAMES])}{more}"
 
 
 def check_choice(name: str, value: str, valid: Iterable[str]) -> None:

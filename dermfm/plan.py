@@ -1,0 +1,110 @@
+"""The training job's configuration and its arithmetic: what is known before any process starts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from dermfm.config import REQUIRED, InputError, check_choice, check_range, key
+from dermfm.model.dermfm import ModelConfig
+from dermfm.optimizer import OptimizerConfig
+from dermfm.samples import AugmentConfig, check_strategies
+from dermfm.step import ObjectiveConfig
+from dermfm.zero import ZeroConfig
+from shards.manifest import Manifest
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    run: str = key(REQUIRED, "run directory")
+    shards: str = key(REQUIRED, "folder of WebDataset shards with manifest.json")
+    split: str = key("train", "split of the shards to train on")
+    model: ModelConfig = key(ModelConfig, "towers, fusion and heads")
+    objectives: ObjectiveConfig = key(ObjectiveConfig, "weights of the objectives")
+    strategies: dict[str, float] = key({"template": 1.0}, "note strategies and how often each is drawn")
+    augment: AugmentConfig = key(AugmentConfig, "random changes of training images")
+    contrastive_batch: int = key(64, "pairs in one softmax and one optimizer step, over all ranks")
+    micro_batch: int = key(32, "samples of one forward pass of one rank")
+    epochs: float = key(10.0, "passes over the split")
+    balance: float = key(0.0, "0: classes as often as they are; 1: all classes equally often; between: in between")
+    optimizer: OptimizerConfig = key(OptimizerConfig, "AdamW and its schedule")
+    zero: ZeroConfig = key(ZeroConfig, "DeepSpeed")
+    seed: int = key(0, "initialisation, data order, augmentation and note choice")
+    num_lanes: int | None = key(None, "lanes of the data order; null: chosen from the number of samples")
+    window: int = key(4096, "samples a shuffle window")
+    num_workers: int = key(0, "loader processes a rank; 0: one thread")
+    max_bad_fraction: float = key(0.01, "share of undecodable samples that stops the run")
+    checkpoint_every: int = key(0, "samples between checkpoints; 0: one an epoch")
+    keep_last: int = key(2, "checkpoints that are kept")
+    keep_every: int = key(0, "steps whose multiples are kept for good; 0: none")
+    log_every: int = key(10, "steps a log line")
+    ranks: int = key(0, "processes to start here where no launcher did; 0: one a CUDA device, or one")
+    threads: int = key(0, "CPU threads a process; 0: cores of the machine / processes on it")
+    device: str = key("auto", "auto, cuda or cpu")
+    resume: str | None = key(None, "checkpoint folder to resume from instead of the run's newest")
+    allow_change: list[str] = key([], "identity keys that a resumed run may change")
+
+    def __post_init__(self) -> None:
+        check_range("contrastive_batch", self.contrastive_batch, 2)
+        check_range("micro_batch", self.micro_batch, 1)
+        check_range("epochs", self.epochs, 1e-6)
+        check_range("balance", self.balance, 0, 1)
+        check_range("keep_last", self.keep_last, 2)
+        check_range("log_every", self.log_every, 1)
+        check_range("ranks", self.ranks, 0)
+        check_choice("device", self.device, ("auto", "cuda", "cpu"))
+        if self.objectives.uses_text and not any(w > 0 for w in self.strategies.values()):
+            raise ValueError("strategies: objectives read notes, but no strategy has a positive weight")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Arithmetic of a run, known before any process starts."""
+
+    num_samples: int
+    total_steps: int
+    num_micro: int
+    micro_batch: int
+    checkpoint_steps: int
+
+
+def plan(config: TrainConfig, manifest: Manifest, world: int) -> Plan:
+    """Batch and step arithmetic for `world` ranks; InputError names legal neighbours of a batch that does not fit."""
+    batch = config.contrastive_batch
+    if batch % world:
+        low = batch // world * world
+        raise InputError(
+            f"contrastive_batch: {batch} is not divisible by {world} ranks; {low or world} or {low + world} are"
+        )
+    own = batch // world
+    micro = min(config.micro_batch, own)
+    if own % micro:
+        legal = [d for d in range(1, own + 1) if own % d == 0]
+        raise InputError(f"micro_batch: {micro} does not divide the {own} samples of a rank; one of {legal} does")
+    num_samples = sum(s.num_samples for s in manifest.split(config.split))
+    total = max(math.ceil(config.epochs * num_samples / batch), 1)
+    every = config.checkpoint_every or num_samples
+    return Plan(num_samples, total, own // micro, micro, max(round(every / batch), 1))
+
+
+def describe(config: TrainConfig, world: int) -> str:
+    """What `--dry-run` prints: counts, steps, batch arithmetic; nothing is built."""
+    manifest = Manifest.load(config.shards)
+    check_notes(config, manifest)
+    p = plan(config, manifest, world)
+    shape = f"{world} ranks × {p.num_micro} micro-batches × {p.micro_batch}"
+    return (
+        f"{p.num_samples} samples in {len(manifest.split(config.split))} shards of split '{config.split}'\n"
+        f"{p.total_steps} steps of {config.contrastive_batch} = {shape}\n"
+        f"{p.num_samples / config.contrastive_batch:.1f} steps an epoch, {config.epochs:g} epochs\n"
+        f"a checkpoint every {p.checkpoint_steps} steps under {Path(config.run) / 'ckpt'}\n"
+        f"ZeRO stage {config.zero.stage}, {config.zero.precision}, image tower {config.model.image.name} at "
+        f"{config.model.image.size} px, text tower {config.model.text.name}"
+    )
+
+
+def check_notes(config: TrainConfig, manifest: Manifest) -> None:
+    """InputError where the shards lack a note strategy that the run draws."""
+    if config.objectives.uses_text:
+        check_strategies(config.strategies, manifest.about.get("strategies", {}))

@@ -1,0 +1,55 @@
+"""The run directory: resolved config, command, code, lock; what a resumed run may change."""
+
+from __future__ import annotations
+
+import fcntl
+import subprocess
+import sys
+from pathlib import Path
+from typing import IO, Any
+
+from dermfm.config import InputError, to_yaml
+
+
+def record(run: Path, config: Any) -> None:
+    """Write config.yaml, command.txt and code.txt (commit and diff, where the code is a git checkout)."""
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "config.yaml").write_text(to_yaml(config))
+    with (run / "command.txt").open("a") as file:
+        file.write(" ".join(sys.argv) + "\n")
+    (run / "code.txt").write_text(code_version())
+
+
+def code_version() -> str:
+    """`git rev-parse HEAD` and the diff of this package's checkout, or a line that says there is none."""
+    root = Path(__file__).resolve().parents[1]
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
+        diff = subprocess.run(["git", "diff", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "not a git checkout\n"
+    return head.stdout + diff.stdout
+
+
+def take_lock(run: Path) -> IO[str]:
+    """Hold the run directory until the returned file is closed; InputError if a living process holds it."""
+    run.mkdir(parents=True, exist_ok=True)
+    file = (run / "lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise InputError(
+            f"{run}: another process trains in this run directory; wait for it, stop it, or give another run="
+        ) from error
+    return file
+
+
+def check_identity(old: dict[str, Any], new: dict[str, Any], allowed: list[str], where: Path) -> None:
+    """InputError where a resumed run changes a key that its data order or model rests on, unless it is allowed."""
+    for name in sorted(set(old) | set(new)):
+        if old.get(name) != new.get(name) and name not in allowed:
+            raise InputError(
+                f"{where}: '{name}' is {new.get(name)!r}, the run was started with {old.get(name)!r}; "
+                f"give another run=, restore the value, or allow_change=[{name}]"
+            )

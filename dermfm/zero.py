@@ -1,0 +1,181 @@
+"""DeepSpeed: our dataclass → its JSON, initialize, save and load, conversion between world sizes. The only importer."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dermfm.config import InputError, check_choice, check_range, key
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+UNIVERSAL_VERSION = 0.2  # of DeepSpeed's universal checkpoint; its converter asks for the entry at stages 1 and 2
+
+
+@dataclass(kw_only=True)
+class ZeroConfig:
+    stage: int = key(1, "ZeRO stage: 0 none, 1 optimizer states, 2 and gradients, 3 and parameters sharded over ranks")
+    precision: str = key("fp32", "fp32, bf16 or fp16 (with dynamic loss scale)")
+    gradient_clipping: float = key(1.0, "largest global gradient norm; 0 switches clipping off")
+    offload_optimizer: bool = key(False, "keep optimizer states in CPU memory (stages 1 to 3)")
+    offload_parameters: bool = key(False, "keep parameters in CPU memory (stage 3)")
+    bucket_elements: int = key(50_000_000, "elements a communication bucket")
+    extra: dict[str, Any] = key({}, "merged into DeepSpeed's JSON as it is: the escape hatch")
+
+    def __post_init__(self) -> None:
+        check_range("zero.stage", self.stage, 0, 3)
+        check_choice("zero.precision", self.precision, DTYPES)
+        check_range("zero.gradient_clipping", self.gradient_clipping, 0)
+        check_range("zero.bucket_elements", self.bucket_elements, 1000)
+        if self.offload_parameters and self.stage != 3:
+            raise ValueError(f"zero.offload_parameters: needs zero.stage=3, it is {self.stage}")
+        if self.offload_optimizer and self.stage == 0:
+            raise ValueError("zero.offload_optimizer: needs zero.stage 1, 2 or 3, it is 0")
+
+
+def deepspeed_json(
+    config: ZeroConfig,
+    *,
+    micro_batch: int,
+    num_micro: int,
+    world: int,
+    optimizer: dict[str, Any],
+    device: str,
+    load_universal: bool = False,
+) -> dict[str, Any]:
+    """DeepSpeed's configuration: batch arithmetic, precision, ZeRO, AdamW; `zero.extra` merged on top."""
+    zero: dict[str, Any] = {"stage": config.stage}
+    if config.stage:
+        zero |= {
+            "reduce_bucket_size": config.bucket_elements,
+            "allgather_bucket_size": config.bucket_elements,
+            # Overlap is DeepSpeed's only with a boundary of its own below stage 2; we own the boundary.
+            "overlap_comm": config.stage >= 2 and device.startswith("cuda"),
+        }
+    if config.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device.startswith("cuda")}
+    if config.offload_parameters:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": device.startswith("cuda")}
+    plain = {
+        "train_batch_size": micro_batch * num_micro * world,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": num_micro,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": config.gradient_clipping,
+        "bf16": {"enabled": config.precision == "bf16"},
+        "fp16": {"enabled": config.precision == "fp16"},
+        "zero_optimization": zero,
+        "checkpoint": {"load_universal": load_universal},
+        # The fused CUDA kernel needs a build on first use; torch's own AdamW is fused on CUDA as well.
+        "optimizer": {"type": "AdamW", "params": {**optimizer, "torch_adam": True}},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": sys.maxsize,
+        "wall_clock_breakdown": False,
+    }
+    return merge(plain, config.extra)
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` laid onto `base`, dictionaries merged level by level."""
+    merged = dict(base)
+    for name, value in over.items():
+        inner = merged.get(name)
+        merged[name] = merge(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def initialize(model: nn.Module, groups: list[dict[str, Any]], settings: dict[str, Any], device: str) -> Any:
+    """A DeepSpeed engine over `model` in the existing process group. `groups` are torch parameter groups."""
+    deepspeed = _deepspeed(device)
+    try:
+        engine, *_ = deepspeed.initialize(
+            model=model, model_parameters=groups, config=settings, dist_init_required=False
+        )
+    except (AssertionError, ValueError) as error:
+        raise InputError(f"zero: DeepSpeed refuses this configuration: {' '.join(str(error).split())}") from error
+    return engine
+
+
+def build_sharded(stage: int, settings: dict[str, Any], device: str, build: Any) -> nn.Module:
+    """`build()` on the device; under stage 3 each parameter is sharded as it is made, no rank holds a full copy."""
+    deepspeed = _deepspeed(device)
+    if stage < 3:
+        return build().to(device)
+    with deepspeed.zero.Init(config_dict_or_path=settings):
+        return build()
+
+
+def save(engine: Any, folder: Path, tag: str, client_state: dict[str, Any]) -> None:
+    """Every rank writes its part under folder/tag. Collective."""
+    state = {**client_state, "universal_checkpoint_info": {"universal_checkpoint_version": UNIVERSAL_VERSION}}
+    engine.save_checkpoint(str(folder), tag=tag, client_state=state, save_latest=False)
+
+
+def load(engine: Any, folder: Path, tag: str) -> None:
+    """Every rank reads its part of folder/tag, native or universal as the engine was told. Collective."""
+    path, _ = engine.load_checkpoint(str(folder), tag=tag)
+    if path is None:
+        raise InputError(f"{folder / tag}: DeepSpeed cannot load this checkpoint")
+    # Left set, the next save would write model files on the first rank only, and stage 3 could not load them.
+    engine._config.load_universal_checkpoint = False
+
+
+def convert_universal(source: Path, target: Path) -> None:
+    """Write the universal form of checkpoint `source` as folder `target` (any world size loads it), in one process.
+
+    DeepSpeed's own converter runs as a program: it needs no process group. Raises RuntimeError with its last line.
+    """
+    partial = target.with_name(target.name + ".tmp")
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
+    command += ["--input_folder", str(source), "--output_folder", str(partial)]
+    env = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    }
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise RuntimeError(f"{source}: conversion to another world size failed: {last}")
+    partial.replace(target)
+    # The converter also leaves a pointer to its output folder, which has another name now.
+    (target.parent / "latest_universal").unlink(missing_ok=True)
+
+
+def consolidated_weights(folder: Path, tag: str) -> dict[str, Tensor]:
+    """The whole model's weights, float32 on CPU, from the sharded checkpoint folder/tag of any stage and world size."""
+    _deepspeed("cpu")
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    if list((folder / tag).glob("*zero_pp_rank_*optim_states.pt")):
+        return {k: v.float() for k, v in get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=tag).items()}
+    states = torch.load(folder / tag / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
+    return {name: tensor.float() for name, tensor in states["module"].items()}
+
+
+def gathered(parameters: Iterable[nn.Parameter]) -> Any:
+    """Context in which parameters sharded by stage 3 are whole on every rank; harmless below stage 3."""
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(list(parameters))
+
+
+def _deepspeed(device: str) -> Any:
+    """The package, told which accelerator to use before its first import, and told to be quiet."""
+    if not device.startswith("cuda"):
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("DS_LOG_LEVEL", "warning")
+    import logging
+
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    return deepspeed
