@@ -137,6 +137,6 @@ def _finish(
         "strategies": dict(sorted(strategies.items())),
     }
     manifest = write_manifest(out, [done[s.name][0] for s in old.shards], about)
-    counts = ", ".join(f"{name} {count}" for name, count in manifest.about["strategies"].items())
-    print(f"{out}: generation {about['generation']}, notes: {counts}, fingerprint {manifest.fingerprint}")
+    listed = ", ".join(f"{name} {count}" for name, count in manifest.about["strategies"].items())
+    print(f"{out}: generation {about['generation']}, notes: {listed}, fingerprint {manifest.fingerprint}")
     return manifest

@@ -53,6 +53,10 @@ class TrainConfig:
         check_range("keep_last", self.keep_last, 2)
         check_range("log_every", self.log_every, 1)
         check_range("ranks", self.ranks, 0)
+        if self.model.text.cache_mb and self.zero.stage == 3:
+            raise ValueError(
+                "model.text.cache_mb: a rank that skips a forward pass would stall ZeRO stage 3; set it to 0"
+            )
         check_choice("device", self.device, ("auto", "cuda", "cpu"))
         if self.objectives.uses_text and not any(w > 0 for w in self.strategies.values()):
             raise ValueError("strategies: objectives read notes, but no strategy has a positive weight")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -26,11 +29,17 @@ class TextConfig:
     max_tokens: int = key(96, "longest note in tokens; longer ones are cut")
     pool: str = key("mean", "mean over valid tokens, or cls (first token)")
     train_blocks: int = key(0, "how many of the last layers learn: -1 all with the embeddings, 0 none (frozen tower)")
+    cache_mb: int = key(0, "memory a rank for the states of notes already seen; needs a frozen tower (train_blocks: 0)")
 
     def __post_init__(self) -> None:
         check_choice("text.pool", self.pool, ("mean", "cls"))
         check_range("text.max_tokens", self.max_tokens, 4, 8192)
         check_range("text.train_blocks", self.train_blocks, -1)
+        check_range("text.cache_mb", self.cache_mb, 0)
+        if self.cache_mb and self.train_blocks:
+            raise ValueError(
+                f"text.cache_mb: needs text.train_blocks=0 (frozen), it is {self.train_blocks}; use cache_mb=0"
+            )
 
 
 class TextTower(nn.Module):
@@ -55,11 +64,15 @@ class TextTower(nn.Module):
         if getattr(self.body, "pooler", None) is not None:
             self.body.pooler = None  # unused: its parameters would never get a gradient
         self._freeze(config.train_blocks)
+        self._cache = NoteStates(config.cache_mb * 1_000_000) if config.cache_mb else None
 
     def forward(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """See the class."""
         valid = torch.arange(tokens.shape[1], device=tokens.device)[None, :] < lengths[:, None]
-        states = self.body(input_ids=tokens, attention_mask=valid.long()).last_hidden_state
+        if self._cache is not None:
+            states = self._cache.look_up(tokens, lengths, self._encode_one)
+        else:
+            states = self.body(input_ids=tokens, attention_mask=valid.long()).last_hidden_state
         if self.pool == "cls":
             return states, states[:, 0]
         weights = valid.to(states.dtype)[:, :, None]
@@ -73,6 +86,11 @@ class TextTower(nn.Module):
                 module.eval()
         return self
 
+    @torch.no_grad()
+    def _encode_one(self, tokens: Tensor) -> Tensor:
+        """States [T, D] of one unpadded note [T]."""
+        return self.body(input_ids=tokens[None]).last_hidden_state[0]
+
     def _freeze(self, train_blocks: int) -> None:
         if train_blocks < 0:
             return
@@ -84,6 +102,34 @@ class TextTower(nn.Module):
         self.requires_grad_(False)
         for layer in layers[len(layers) - train_blocks :]:
             layer.requires_grad_(True)
+
+
+class NoteStates:
+    """States of the notes seen last, up to a number of bytes.
+
+    Each note is encoded alone, so that its states depend on nothing but the note: not on what else was in its batch or
+    on what an earlier run had seen.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes, self._bytes = max_bytes, 0
+        self._known: OrderedDict[bytes, Tensor] = OrderedDict()
+
+    def look_up(self, tokens: Tensor, lengths: Tensor, encode: Callable[[Tensor], Tensor]) -> Tensor:
+        """States [B, T, D] of padded notes [B, T]; zeros at padding."""
+        rows = [self._one(row[:length], encode) for row, length in zip(tokens, lengths.tolist(), strict=True)]
+        return pad_sequence([*rows, rows[0].new_zeros(tokens.shape[1], rows[0].shape[1])], batch_first=True)[:-1]
+
+    def _one(self, note: Tensor, encode: Callable[[Tensor], Tensor]) -> Tensor:
+        name = note.cpu().numpy().tobytes()
+        if name in self._known:
+            self._known.move_to_end(name)
+            return self._known[name]
+        states = self._known[name] = encode(note)
+        self._bytes += states.nbytes
+        while self._bytes > self._max_bytes and len(self._known) > 1:
+            self._bytes -= self._known.popitem(last=False)[1].nbytes
+        return states
 
 
 def encoder_folder(name: str) -> str:
