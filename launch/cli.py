@@ -17,7 +17,7 @@ DONE, FAILED, BAD_INPUT, RESUMABLE = 0, 1, 2, 75
 JOBS: dict[str, tuple[str, tuple[str, ...]]] = {
     "records": ("read data sets' own tables and images into records.parquet", ()),
     "notes": ("synthesize clinical notes for the records with an LLM on Ray actors", ()),
-    "shards": ("pack images and notes into WebDataset shards", ("verify",)),
+    "shards": ("pack images and notes into WebDataset shards", ("add-notes", "verify", "index")),
     "train": ("pretrain the image-text model with DeepSpeed ZeRO", ()),
     "evaluate": ("score a checkpoint: classification, zero-shot, retrieval, per data set and partition", ()),
     "report": ("write one self-contained HTML page about a run", ()),
