@@ -1,0 +1,121 @@
+"""MILK10k as its publisher ships it: Metadata, GroundTruth and Supplement tables, and the images.
+
+`table` is the Metadata file (two rows a lesion: dermoscopic and clinical); the other two lie beside it under their
+published names or are named by `ground_truth` and `supplement`. The images become the data sets Milk10k_dermo and
+Milk10k_clinic; a pair keeps its lesion id and so its group. The diagnosis is the supplement's full text. The ground
+truth only checks it: where the text's class cannot belong to the ground truth's group, the row is counted.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dermfm.config import InputError, nearest
+from dermfm.records.adapters.generic import MILK10K_SCALE
+from dermfm.records.adapters.tables import apply_diagnosis, check_source, with_images
+from dermfm.records.csvtable import Row, check_unique, number, read_rows, sex, site
+from dermfm.records.images import ImageFolder
+from dermfm.records.source import Reading, SourceConfig
+from dermfm.records.table import Record
+from dermfm.records.vocabulary import tidy
+
+COLUMNS = ("lesion_id", "image_type", "isic_id", "age_approx", "sex", "skin_tone_class", "site")
+DATASETS = {"dermoscopic": "Milk10k_dermo", "clinical": "Milk10k_clinic"}
+# Labels that each column of the ground truth may have; BEN_OTH, INF and MAL_OTH are outside the eight classes.
+GROUPS: dict[str, set[int | None]] = {
+    "AKIEC": {4, 7},
+    "BCC": {5},
+    "BEN_OTH": {None},
+    "BKL": {0},
+    "DF": {1},
+    "INF": {None},
+    "MAL_OTH": {None},
+    "MEL": {6},
+    "NV": {2},
+    "SCCKA": {7},
+    "VASC": {3},
+}
+LICENCE = "CC BY-NC (MILK study team)"
+DISAGREE = "diagnosis and ground truth disagree"
+
+
+def read(source: SourceConfig, reading: Reading) -> list[Record]:
+    """Records of both modalities whose images exist below `images`."""
+    check_source(source)
+    losses = reading.losses
+    rows = read_rows(source.table, COLUMNS, source.layout)
+    check_unique(source.table, (row["isic_id"] for row in rows), "isic_id")
+    texts = _diagnoses(_beside(source, source.supplement, "Supplement"), source.layout)
+    truth = _ground_truth(_beside(source, source.ground_truth, "GroundTruth"), source.layout)
+    keyed = [(DATASETS[_modality(source, row)], row) for row in rows]
+    keyed = [(dataset, row) for dataset, row in keyed if source.is_wanted(dataset)]
+    found = with_images(source, ImageFolder(source.images), ((d, row["isic_id"]) for d, row in keyed), losses)
+    records = []
+    for dataset, row in keyed:
+        path = found.get((dataset, row["isic_id"]))
+        if path is None:
+            continue
+        text = texts.get(row["isic_id"])
+        if text is None:
+            losses.add("images without a row in the supplement", row["isic_id"])
+        record = _record(source, dataset, row, path, text)
+        apply_diagnosis(record, [text], losses)
+        group = truth.get(row["lesion_id"])
+        if group is not None and record.label not in GROUPS[group]:
+            losses.add(DISAGREE, f"{row['isic_id']}: {text} / {group}")
+        records.append(record)
+    return records
+
+
+def _record(source: SourceConfig, dataset: str, row: Row, path: Path, text: str | None) -> Record:
+    tone = number(row["skin_tone_class"])
+    return Record(
+        dataset=dataset,
+        source_id=row["isic_id"],
+        path=path,
+        modality=_modality(source, row),
+        class_text=tidy((text or "").casefold()),
+        subclass_text=tidy((text or "").casefold()),
+        lesion_id=row["lesion_id"] or None,
+        age=number(row["age_approx"]),
+        sex=sex(row["sex"]),
+        site=site(row["site"]),
+        skin_tone_scale=MILK10K_SCALE if tone is not None else None,
+        skin_tone_value=tone,
+        licence=source.licence or LICENCE,
+        test_only=source.is_test_only(dataset),
+    )
+
+
+def _modality(source: SourceConfig, row: Row) -> str:
+    word = row["image_type"].split(":")[0].strip().casefold()
+    if word not in DATASETS:
+        raise InputError(
+            f"{source.table}: {row['isic_id']}: image_type '{row['image_type']}'; {nearest(word, DATASETS)}"
+        )
+    return word
+
+
+def _beside(source: SourceConfig, given: str, kind: str) -> Path:
+    """The table of `kind`: the given one, else the only file named *<kind>*.csv beside the metadata."""
+    if given:
+        return Path(given)
+    folder = Path(source.table).parent
+    files = sorted(path for path in folder.glob(f"*{kind}*.csv"))
+    if len(files) != 1:
+        key = {"Supplement": "supplement", "GroundTruth": "ground_truth"}[kind]
+        raise InputError(f"{folder}: {len(files)} files named *{kind}*.csv; give {key}=<file>")
+    return files[0]
+
+
+def _diagnoses(path: Path, layout: str) -> dict[str, str]:
+    rows = read_rows(path, ("isic_id", "diagnosis_full"), layout)
+    check_unique(path, (row["isic_id"] for row in rows), "isic_id")
+    return {row["isic_id"]: row["diagnosis_full"] for row in rows}
+
+
+def _ground_truth(path: Path, layout: str) -> dict[str, str]:
+    """lesion id → the ground truth's column that is 1."""
+    rows = read_rows(path, ("lesion_id", *GROUPS), layout)
+    check_unique(path, (row["lesion_id"] for row in rows), "lesion_id")
+    return {row["lesion_id"]: max(GROUPS, key=lambda name: number(row[name]) or 0.0) for row in rows}

@@ -1,0 +1,161 @@
+"""`dermfm records`: sources → checked, grouped, split records → records.parquet."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dermfm.config import REQUIRED, InputError, check_range, key, short_hash, to_dict
+from dermfm.records.adapters import ADAPTERS
+from dermfm.records.duplicates import HASH_BITS, duplicate_pairs
+from dermfm.records.groups import assign_groups
+from dermfm.records.images import all_image_facts
+from dermfm.records.source import AtlasConfig, Losses, Reading, SourceConfig
+from dermfm.records.splits import assign_splits
+from dermfm.records.table import Record, read_records, to_table, write_records
+
+UNREADABLE = "unreadable images"
+CONFLICTS = "records whose label and diagnosis text name different classes"
+FINGERPRINT = b"dermfm_inputs"
+
+
+@dataclass(kw_only=True)
+class RecordsConfig(SourceConfig):
+    """Which sources to read and how to split them. Without `sources`, the top level itself is the one source."""
+
+    out: str = key(REQUIRED, "file to write, for example runs/demo/records.parquet")
+    sources: list[SourceConfig] = key([], "several sources; layout, images and table are inherited where empty")
+    seed: int = key(0, "seed of the splits")
+    valid: float = key(0.1, "share of images (by group) for validation, per data set and class")
+    test: float = key(0.2, "share of images (by group) for testing, per data set and class")
+    duplicate_distance: int = key(16, "compare images whose perceptual hashes differ in at most so many bits; -1: none")
+    duplicate_similarity: float = key(0.85, "compared images of at least this similarity are one group (duplicates.py)")
+    drop_conflicts: bool = key(True, "leave out records whose label and diagnosis text name different classes")
+    drop_unlabelled: bool = key(False, "leave out records whose diagnosis maps to no class")
+    workers: int = key(0, "processes that read or draw images; 0: one a core")
+    overwrite: bool = key(False, "build again even where the file is up to date")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range("valid", self.valid, 0, 1)
+        check_range("test", self.test, 0, 1)
+        if self.valid + self.test > 1:
+            raise ValueError(f"valid + test: {self.valid + self.test:g} is not valid; together at most 1")
+        check_range("duplicate_distance", self.duplicate_distance, -1, HASH_BITS // 2)
+        check_range("duplicate_similarity", self.duplicate_similarity, 0.5, 1)
+        check_range("workers", self.workers, 0)
+
+
+@dataclass(frozen=True)
+class Built:
+    """The outcome: the table, what was left out, and whether the file was already there."""
+
+    table: pa.Table
+    losses: Losses
+    was_there: bool = False
+
+
+def resolved_sources(config: RecordsConfig) -> list[SourceConfig]:
+    """The sources with what they inherit from the top level; InputError for one without a layout."""
+    names = [field.name for field in dataclasses.fields(SourceConfig)]
+    own = SourceConfig(**{name: getattr(config, name) for name in names})
+    sources = []
+    for source in config.sources or [own]:
+        inherited = {name: getattr(source, name) or getattr(own, name) for name in ("layout", "images", "table")}
+        sources.append(dataclasses.replace(source, **inherited))
+        if not inherited["layout"]:
+            raise InputError(f"layout is required; one of {', '.join(ADAPTERS)}")
+    return sources
+
+
+def build_records(config: RecordsConfig, dry_run: bool = False) -> Built:
+    """Read all sources and write `config.out`, unless it is already there for the same config and tables.
+
+    A dry run opens no image and writes nothing; it counts what the tables and folders say.
+    Raises InputError for bad tables, duplicate ids, or when no record is left.
+    """
+    out = Path(config.out)
+    sources = resolved_sources(config)
+    inputs = inputs_fingerprint(config, sources)
+    if not config.overwrite and not dry_run and _is_current(out, inputs):
+        return Built(read_records(out), Losses(), was_there=True)
+    reading = Reading(out.parent, config.workers, dry_run)
+    losses = reading.losses
+    records = _drop(_read_sources(sources, reading), config, losses)
+    thumbnails: list[bytes] = []
+    if not dry_run:
+        records, thumbnails = _measure(records, config.workers, losses)
+    if not records:
+        raise InputError(f"{out}: no record is left; {'; '.join(losses.lines()) or 'the sources are empty'}")
+    hashes = [record.phash or "" for record in records]
+    distance = -1 if dry_run else config.duplicate_distance
+    pairs = duplicate_pairs(hashes, thumbnails, distance, config.duplicate_similarity)
+    assign_groups(records, pairs, losses)
+    assign_splits(records, config.seed, config.valid, config.test, losses)
+    table = to_table(records, out.parent).replace_schema_metadata({FINGERPRINT: inputs.encode()})
+    if not dry_run:
+        write_records(table, out)
+    return Built(table, losses)
+
+
+def inputs_fingerprint(config: RecordsConfig, sources: list[SourceConfig]) -> str:
+    """Hash of everything that decides the records: settings, and size and time of the tables."""
+    settings = {k: v for k, v in to_dict(config).items() if k not in ("out", "workers", "overwrite")}
+    files = [Path(name) for source in sources for name in (source.table, source.ground_truth, source.supplement)]
+    stats = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files if f.is_file()]
+    return short_hash([settings, stats])
+
+
+def _is_current(out: Path, inputs: str) -> bool:
+    if not out.is_file():
+        return False
+    try:
+        return (pq.read_schema(out).metadata or {}).get(FINGERPRINT) == inputs.encode()
+    except pa.ArrowInvalid:
+        return False
+
+
+def _read_sources(sources: list[SourceConfig], reading: Reading) -> list[Record]:
+    records: list[Record] = []
+    seen: dict[tuple[str, str], str] = {}
+    for source in sources:
+        for record in ADAPTERS[source.layout](source, reading):
+            name = (record.dataset, record.source_id)
+            if name in seen:
+                raise InputError(
+                    f"{source.table}: {'/'.join(name)} is already in {seen[name]}; use datasets= to choose"
+                )
+            seen[name] = source.table
+            records.append(record)
+    return records
+
+
+def _drop(records: list[Record], config: RecordsConfig, losses: Losses) -> list[Record]:
+    kept = []
+    for record in records:
+        if record.has_conflict:
+            losses.add(CONFLICTS, f"{record.dataset}: {record.subclass_text}, label {record.label}")
+        dropped = (config.drop_conflicts and record.has_conflict) or (config.drop_unlabelled and record.label is None)
+        if not dropped:
+            kept.append(record)
+    return kept
+
+
+def _measure(records: list[Record], workers: int, losses: Losses) -> tuple[list[Record], list[bytes]]:
+    """Size and perceptual hash of every image, and the thumbnails; unreadable images are left out and counted."""
+    kept, thumbnails = [], []
+    for record, facts in zip(records, all_image_facts([r.path for r in records], workers), strict=True):
+        if facts.error:
+            losses.add(UNREADABLE, f"{record.path.name}: {facts.error}")
+            continue
+        record.width, record.height, record.phash = facts.width, facts.height, facts.phash
+        kept.append(record)
+        thumbnails.append(facts.thumbnail)
+    return kept, thumbnails
+
+
+__all__ = ["AtlasConfig", "Built", "RecordsConfig", "SourceConfig", "build_records", "resolved_sources"]

@@ -1,0 +1,62 @@
+"""Groups: the connected components over lesion, patient and duplicate images, unique across data sets.
+
+Splits, masked negatives, exclusion from pools and the bootstrap all use them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+
+from dermfm.records.source import Losses
+from dermfm.records.table import Record
+from dermfm.records.vocabulary import CLASS_CODES, FAMILY_OF
+
+WITHIN, ACROSS = "duplicate images within a data set", "duplicate images across data sets"
+OTHER_LABEL = "duplicate images with different labels"
+
+
+def assign_groups(records: Sequence[Record], duplicates: Iterable[tuple[int, int]], losses: Losses) -> None:
+    """Set `group_id` of every record: the smallest record_id of its component. `duplicates` are counted in `losses`."""
+    pairs = [*_shared_ids(records)]
+    for i, j in duplicates:
+        pairs.append((i, j))
+        if not _same_lesion(records[i], records[j]):
+            _count(records[i], records[j], losses)
+    rows, columns = np.array(pairs or [(0, 0)]).T
+    size = len(records)
+    graph = coo_matrix((np.ones(len(rows)), (rows, columns)), shape=(size, size))
+    _, component = connected_components(graph, directed=False)
+    smallest: dict[int, str] = {}
+    for record, number in zip(records, component.tolist(), strict=True):
+        smallest[number] = min(smallest.get(number, record.record_id), record.record_id)
+    for record, number in zip(records, component.tolist(), strict=True):
+        record.group_id = smallest[number]
+
+
+def _shared_ids(records: Sequence[Record]) -> Iterator[tuple[int, int]]:
+    """Pairs (first record of a lesion or patient, another one of it); ids count within a family of data sets."""
+    first: dict[tuple[str, str, str], int] = {}
+    for i, record in enumerate(records):
+        family = FAMILY_OF.get(record.dataset, record.dataset)
+        for kind, value in (("lesion", record.lesion_id), ("patient", record.patient_id)):
+            if value:
+                j = first.setdefault((family, kind, value), i)
+                if j != i:
+                    yield j, i
+
+
+def _same_lesion(one: Record, two: Record) -> bool:
+    families = {FAMILY_OF.get(record.dataset, record.dataset) for record in (one, two)}
+    return len(families) == 1 and one.lesion_id is not None and one.lesion_id == two.lesion_id
+
+
+def _count(one: Record, two: Record, losses: Losses) -> None:
+    names = f"{one.dataset}/{one.source_id} = {two.dataset}/{two.source_id}"
+    losses.add(WITHIN if one.dataset == two.dataset else ACROSS, names)
+    if None not in (one.label, two.label) and one.label != two.label:
+        codes = f"{CLASS_CODES[one.label or 0]} and {CLASS_CODES[two.label or 0]}"
+        losses.add(OTHER_LABEL, f"{names}: {codes}")

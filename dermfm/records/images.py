@@ -1,0 +1,97 @@
+"""Image files of records: found by exact name, opened, measured (size and perceptual hash), in parallel."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import imagehash
+from PIL import Image, UnidentifiedImageError
+
+from dermfm.config import InputError
+from dermfm.progress import track
+from dermfm.records.duplicates import THUMBNAIL
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+MAX_PIXELS = 200_000_000  # larger files are refused: decompression bombs, whole-slide scans
+POOL_FROM = 512  # fewer images than this are read in process
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """Size in pixels, 64-bit perceptual hash (16 hex digits) and grey thumbnail (duplicates.THUMBNAIL² bytes) of one
+    image, or why it cannot be read."""
+
+    width: int = 0
+    height: int = 0
+    phash: str = ""
+    thumbnail: bytes = b""
+    error: str = ""
+
+
+class ImageFolder:
+    """All images below a folder by the exact stem of their name; never by part of it."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise InputError(f"images={folder}: no such folder")
+        self._by_stem: dict[str, list[Path]] = {}
+        for root, folders, names in os.walk(self.folder):
+            folders.sort()
+            for name in sorted(names):
+                stem, suffix = os.path.splitext(name)
+                if suffix.lower() in SUFFIXES:
+                    self._by_stem.setdefault(stem, []).append(Path(root, name))
+        if not self._by_stem:
+            raise InputError(f"images={folder}: holds no image ({', '.join(SUFFIXES)})")
+
+    def find(self, dataset: str, source_id: str) -> Path | None:
+        """`<folder>/<dataset>/<id>.*`, else `<folder>/<id>.*`, else the only image of that name anywhere below."""
+        stem, suffix = os.path.splitext(source_id)
+        stem = stem if suffix.lower() in SUFFIXES else source_id
+        paths = self._by_stem.get(stem, [])
+        for place in (self.folder / dataset, self.folder):
+            here = [path for path in paths if path.parent == place]
+            if here:
+                return here[0]
+        return paths[0] if len(paths) == 1 else None
+
+    def unnamed(self, named: set[Path], datasets: set[str]) -> list[Path]:
+        """Images that no row names: below `<folder>/<dataset>` where such folders exist, else below the folder."""
+        own = {self.folder / dataset for dataset in datasets if (self.folder / dataset).is_dir()}
+        every = (path for paths in self._by_stem.values() for path in paths if path not in named)
+        return sorted(path for path in every if not own or path.parent in own)
+
+
+def image_facts(path: Path) -> ImageFacts:
+    """Open and decode one image (reduced while decoding, where JPEG allows it) and measure it."""
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                return ImageFacts(error=f"{width}x{height} pixels, more than {MAX_PIXELS}")
+            if image.format == "JPEG":
+                image.draft("L", (128, 128))
+            grey = image.convert("L")
+            thumbnail = grey.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX).tobytes()
+            return ImageFacts(width, height, str(imagehash.phash(grey)), thumbnail)
+    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        return ImageFacts(error=f"{type(error).__name__}: {error}")
+
+
+def all_image_facts(paths: Sequence[Path], workers: int = 0) -> list[ImageFacts]:
+    """`image_facts` of every path in order, over `workers` processes (0: one a core; few images: in process)."""
+    return list(track(_facts(paths, workers), len(paths), "reading images", "images"))
+
+
+def _facts(paths: Sequence[Path], workers: int) -> Iterator[ImageFacts]:
+    workers = workers or os.cpu_count() or 1
+    if workers == 1 or len(paths) < POOL_FROM:
+        yield from map(image_facts, paths)
+        return
+    with ProcessPoolExecutor(workers) as pool:
+        yield from pool.map(image_facts, paths, chunksize=64)

@@ -1,0 +1,176 @@
+"""Groups and splits: nothing of a lesion, a patient or a copied photograph on two sides."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter, defaultdict
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageEnhance
+
+from dermfm.records.duplicates import THUMBNAIL, duplicate_pairs, near_hashes
+from dermfm.records.groups import assign_groups
+from dermfm.records.images import image_facts
+from dermfm.records.source import Losses
+from dermfm.records.splits import LEAK, MOVED, assign_splits
+from dermfm.records.table import Record
+
+from .conftest import textured
+
+
+def record(dataset: str, source_id: str, **fields: object) -> Record:
+    return Record(dataset=dataset, source_id=source_id, path=Path(source_id), modality="clinical", **fields)  # type: ignore[arg-type]
+
+
+def grouped(records: list[Record], pairs: list[tuple[int, int]] | None = None) -> list[list[int]]:
+    """Positions of the records by group, in order of appearance."""
+    assign_groups(records, pairs or [], Losses())
+    found: dict[str, list[int]] = defaultdict(list)
+    for i, r in enumerate(records):
+        found[r.group_id].append(i)
+    return list(found.values())
+
+
+def test_a_record_without_lesion_patient_or_copy_is_its_own_group() -> None:
+    one = record("A", "1")
+    assert grouped([one, record("A", "2")]) == [[0], [1]]
+    assert one.group_id == one.record_id
+
+
+def test_lesion_patient_and_copies_join_into_one_group() -> None:
+    records = [
+        record("A", "1", lesion_id="L"),
+        record("A", "2", lesion_id="L", patient_id="P"),
+        record("A", "3", lesion_id="M", patient_id="P"),
+        record("B", "4"),
+        record("B", "5", lesion_id="L"),
+    ]
+    assert grouped(records, [(2, 3)]) == [[0, 1, 2, 3], [4]]
+
+
+def test_the_two_images_of_a_milk10k_lesion_share_a_group_and_other_data_sets_ids_do_not() -> None:
+    records = [record(name, name, lesion_id="IL_1") for name in ("Milk10k_dermo", "Milk10k_clinic", "MSK")]
+    assert grouped(records) == [[0, 1], [2]]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(0, 2**64 - 1), min_size=2, max_size=12), st.integers(0, 8), st.data())
+def test_near_hashes_finds_exactly_the_pairs_within_the_distance(
+    values: list[int], distance: int, data: st.DataObject
+) -> None:
+    flips = data.draw(st.lists(st.integers(0, 63), max_size=9, unique=True))
+    values.append(values[0] ^ sum(1 << bit for bit in flips))
+    expected = {(i, j) for (i, a), (j, b) in combinations(enumerate(values), 2) if (a ^ b).bit_count() <= distance}
+    assert set(near_hashes([f"{value:016x}" for value in values], distance)) == expected
+
+
+def facts_of(image: Image.Image, quality: int, folder: Path, name: str) -> tuple[str, bytes]:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality)
+    path = folder / f"{name}.jpg"
+    path.write_bytes(buffer.getvalue())
+    facts = image_facts(path)
+    return facts.phash, facts.thumbnail
+
+
+def test_a_recompressed_recoloured_cropped_copy_is_found_and_another_picture_is_not(tmp_path: Path) -> None:
+    original = textured(1, (240, 200))
+    pictures = [
+        original,
+        original.resize((120, 100)),
+        ImageEnhance.Brightness(original).enhance(1.15),
+        original.crop((5, 4, 236, 198)),
+        textured(2, (240, 200)),
+    ]
+    facts = [facts_of(p, 90 - 10 * i, tmp_path, str(i)) for i, p in enumerate(pictures)]
+    hashes, thumbnails = zip(*facts, strict=True)
+    assert len(thumbnails[0]) == THUMBNAIL**2
+    found = set(duplicate_pairs(hashes, thumbnails, 16, 0.85))
+    assert {(0, 1), (0, 2), (0, 3)} <= found
+    assert not any(4 in pair for pair in found)
+    assert list(duplicate_pairs(hashes, thumbnails, -1, 0.85)) == []
+
+
+def test_two_dark_spots_on_pale_skin_are_not_taken_for_the_same_photograph(tmp_path: Path) -> None:
+    rows, columns = np.mgrid[:160, :160] - 80
+    angle, radius = np.arctan2(rows, columns), np.hypot(rows, columns)
+    facts = []
+    for seed in (3, 4):
+        spot = 1 / (1 + np.exp((radius - 30 - 3 * np.cos(3 * angle + seed)) / 3))
+        texture = np.asarray(textured(seed, (160, 160)).convert("L"), float) - 140
+        picture = 190 + 0.15 * texture - spot * (110 + 0.5 * texture)
+        image = Image.fromarray(picture.clip(0, 255).astype(np.uint8))
+        facts.append(facts_of(image, 95, tmp_path, str(seed)))
+    hashes, thumbnails = zip(*facts, strict=True)
+    assert list(near_hashes(hashes, 24)) == [(0, 1)]
+    assert list(duplicate_pairs(hashes, thumbnails, 24, 0.85)) == []
+
+
+def many(seed: int = 0, count: int = 400) -> list[Record]:
+    rng = np.random.default_rng(seed)
+    records = []
+    for i in range(count):
+        label = int(rng.choice(8, p=[0.1, 0.01, 0.5, 0.02, 0.07, 0.1, 0.15, 0.05]))
+        lesion = f"{label}_{rng.integers(count // 2)}"
+        records.append(record("A", str(i), label=label, lesion_id=lesion))
+    return records
+
+
+def split(records: list[Record], seed: int = 0, losses: Losses | None = None) -> dict[str, str]:
+    assign_groups(records, [], Losses())
+    assign_splits(records, seed, 0.1, 0.2, losses or Losses())
+    return {r.source_id: r.split for r in records}
+
+
+def test_no_group_is_on_two_sides_and_the_shares_are_those_asked_for() -> None:
+    records = many()
+    split(records)
+    sides: dict[str, set[str]] = defaultdict(set)
+    for r in records:
+        sides[r.group_id].add(r.split)
+    assert all(len(names) == 1 for names in sides.values())
+    counts = Counter(r.split for r in records)
+    assert abs(counts["test"] / len(records) - 0.2) < 0.04
+    assert abs(counts["valid"] / len(records) - 0.1) < 0.04
+
+
+def test_every_class_with_two_groups_appears_in_test() -> None:
+    records = many()
+    split(records)
+    groups: dict[int | None, set[str]] = defaultdict(set)
+    tested = {r.label for r in records if r.split == "test"}
+    for r in records:
+        groups[r.label].add(r.group_id)
+    assert all(label in tested for label, ids in groups.items() if len(ids) >= 2)
+
+
+def test_splits_depend_on_the_seed_and_not_on_the_order_of_the_records() -> None:
+    forward, backward = many(), many()[::-1]
+    assert split(forward) == split(backward)
+    assert split(many(), seed=1) != split(many(), seed=0)
+
+
+def test_a_group_shared_with_an_external_data_set_is_test_as_a_whole_and_counted() -> None:
+    records = [record("A", str(i), label=0) for i in range(20)] + [record("E", "x", label=0, test_only=True)]
+    losses = Losses()
+    assign_groups(records, [(3, 20)], losses)
+    assign_splits(records, 0, 0.1, 0.2, losses)
+    assert records[3].split == records[20].split == "test"
+    assert losses.count(MOVED) == 1
+
+
+def test_a_given_split_is_kept_and_its_leaks_are_named() -> None:
+    records = [
+        record("A", "1", lesion_id="L", given_split="train"),
+        record("A", "2", lesion_id="L", given_split="test"),
+        record("A", "3", given_split="valid"),
+    ]
+    losses = Losses()
+    assign_groups(records, [], losses)
+    assign_splits(records, 0, 0.1, 0.2, losses)
+    assert [r.split for r in records] == ["train", "test", "valid"]
+    assert losses.count(LEAK) == 1
