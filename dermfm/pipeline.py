@@ -1,0 +1,41 @@
+"""The whole chain as one configuration: each job's own dataclass under its name, paths tied together in the YAML."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dermfm.config import REQUIRED, key, read_yaml, to_dict
+from dermfm.evaluate.job import EvaluateConfig
+from dermfm.notes.plan import NotesConfig
+from dermfm.pack_plan import ShardsConfig
+from dermfm.plan import TrainConfig
+from dermfm.records.build import RecordsConfig
+from dermfm.report.page import ReportConfig
+
+JOBS = ("records", "notes", "shards", "train", "evaluate", "report")
+CHAIN = "pipeline.yaml"
+
+
+@dataclass(kw_only=True)
+class PipelineConfig:
+    out: str = key("runs/demo", "folder of everything that the chain makes")
+    data: str | None = key(REQUIRED, "folder of real images with metadata.csv; null where the config reads none")
+    records: RecordsConfig = key(RecordsConfig, "the job records")
+    notes: NotesConfig = key(NotesConfig, "the job notes")
+    shards: ShardsConfig = key(ShardsConfig, "the job shards")
+    train: TrainConfig = key(TrainConfig, "the job train")
+    evaluate: EvaluateConfig = key(EvaluateConfig, "the job evaluate")
+    report: ReportConfig = key(ReportConfig, "the job report")
+
+
+def set_aside(config: PipelineConfig) -> Path | None:
+    """Move a finished or begun chain of other records out of the way; where it went, or None.
+
+    Whoever runs the demo on other data gets a fresh folder, and nothing of the old one is lost.
+    """
+    out = Path(config.out)
+    if not (out / CHAIN).is_file() or read_yaml(out / CHAIN)["records"] == to_dict(config.records):
+        return None
+    taken = next(n for n in range(1, 10_000) if not out.with_name(f"{out.name}-{n}").exists())
+    return out.rename(out.with_name(f"{out.name}-{taken}"))
