@@ -1,5 +1,7 @@
 """Configuration: dataclasses beside the code that they configure, YAML files with `extends:`, and a dotlist on top.
 
+`extends: other.yaml` (or a list) at the top of a file starts from the others; inside a part it does so for that part.
+
 The only place that knows OmegaConf. Every field is declared with `key(default, "one doc line")`; bad values raise
 `ValueError` from the dataclass's `__post_init__`, which `load` turns into an `InputError` that names file and key.
 """
@@ -172,10 +174,23 @@ def _file_layers(path: Path, seen: tuple[Path, ...]) -> Iterator[tuple[str, Dict
         return
     if not isinstance(layer, DictConfig):
         raise InputError(f"{path}: must hold `key: value` lines at the top level")
+    for name in map(str, layer):
+        _extend_part(layer, name, path, seen)
     bases = layer.pop("extends", None) or []
     for base in [bases] if isinstance(bases, str) else bases:
         yield from _file_layers(path.parent / base, (*seen, path.resolve()))
     yield str(path), layer
+
+
+def _extend_part(layer: DictConfig, name: str, path: Path, seen: tuple[Path, ...]) -> None:
+    """A part `name: {extends: other.yaml, …}` of a file starts from the other file's values."""
+    part = layer._get_node(name)
+    if not isinstance(part, DictConfig) or part._is_none() or "extends" not in part:
+        return
+    merged = OmegaConf.create({})
+    for _, base in _file_layers(path.parent / str(part.pop("extends")), (*seen, path.resolve())):
+        merged = OmegaConf.merge(merged, base)  # type: ignore[assignment]
+    layer[name] = OmegaConf.merge(merged, part)
 
 
 def _guard(source: str, call: Any) -> Any:
