@@ -6,7 +6,6 @@ sha256) and the empty file `COMPLETE`; `ckpt/latest` names the newest one and is
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import logging
@@ -22,9 +21,10 @@ import torch.distributed as dist
 from dermfm import zero
 from dermfm.config import InputError, from_dict, nearest, read_yaml
 from dermfm.model.dermfm import DermFM, ModelConfig
+from shards.manifest import file_sha256
 
 LATEST, COMPLETE, STATE = "latest", "COMPLETE", "state.json"
-UNIVERSAL = ".universal"
+UNIVERSAL, ASIDE = ".universal", ".aside"
 CONVERSION_TIMEOUT_S = 3600.0
 _log = logging.getLogger(__name__)
 
@@ -75,8 +75,7 @@ def describe_file(path: Path, root: Path) -> dict[str, Any]:
     """Name below `root`, size and sha256 of a file, synced to disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"name": str(path.relative_to(root)), "size": path.stat().st_size, "sha256": digest}
+    return {"name": str(path.relative_to(root)), "size": path.stat().st_size, "sha256": file_sha256(path)}
 
 
 def _commit(partial: Path, final: Path, state: State) -> None:
@@ -84,8 +83,9 @@ def _commit(partial: Path, final: Path, state: State) -> None:
     assert ranks >= state.world, f"{ranks} state files of {state.world} ranks"
     (partial / STATE).write_text(json.dumps(asdict(state), indent=1))
     (partial / COMPLETE).touch()
-    if final.exists():
-        shutil.rmtree(final)
+    for older in (final, final.with_name(final.name + UNIVERSAL)):
+        if older.exists():
+            shutil.rmtree(older)
     partial.replace(final)
     write_atomically(final.parent / LATEST, final.name + "\n")
 
@@ -98,14 +98,29 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def prune(folder: Path, keep_last: int, keep_every: int) -> None:
-    """Delete all but the last `keep_last` checkpoints and those whose step is a multiple of `keep_every` (0: none)."""
+    """Delete all but the last `keep_last` checkpoints and those whose step is a multiple of `keep_every` (0: none).
+
+    What else lies beside checkpoints (half-written, converted, set aside) goes once its step is passed.
+    """
     steps = complete_steps(folder)
     for step in steps[: max(len(steps) - keep_last, 0)]:
         if not keep_every or step % keep_every:
             shutil.rmtree(folder / step_name(step))
-    for leftover in folder.glob(f"step-*{UNIVERSAL}*"):
+    for leftover in folder.glob("step-????????.*"):
         if int(leftover.name[5:13]) < (steps[-1] if steps else 0):
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+def set_aside(folder: Path, step: int) -> None:
+    """Rename the checkpoints after `step`, loudly: a run that goes on from there writes its own of those steps.
+
+    Under their names they would be the newest ones: resumed from next, and kept in place of those of this run.
+    """
+    for name in (step_name(s) for s in complete_steps(folder) if s > step):
+        aside = folder / f"{name}{ASIDE}"
+        shutil.rmtree(aside, ignore_errors=True)
+        (folder / name).replace(aside)
+        _log.warning("checkpoint %s is set aside as %s: the run goes on from step %d", name, aside.name, step)
 
 
 def complete_steps(folder: Path) -> list[int]:
@@ -220,6 +235,7 @@ def load_model(path: str | Path, device: str = "cpu") -> DermFM:
     checkpoint = find(path)
     values = read_yaml(checkpoint.parent.parent / "config.yaml")["model"]
     values["image"]["weights"], values["text"]["pretrained"] = None, False  # the checkpoint brings every weight
+    values["text"]["cache_mb"] = 0  # each note is encoded once here, faster in batches
     model = DermFM(from_dict(ModelConfig, values, str(checkpoint)))
     model.load_state_dict(zero.consolidated_weights(checkpoint.parent, checkpoint.name))
     return model.to(device).eval()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,8 +94,14 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def initialize(model: nn.Module, groups: list[dict[str, Any]], settings: dict[str, Any], device: str) -> Any:
-    """A DeepSpeed engine over `model` in the existing process group. `groups` are torch parameter groups."""
+    """A DeepSpeed engine over `model` in the existing process group. `groups` are torch parameter groups.
+
+    `model` is whole and equal on every rank, in CPU memory; below stage 3 it moves to the device, at stage 3 only this
+    rank's share of it does. (Sharding while it is built would hide the weights from pretrained files, timm and us.)
+    """
     deepspeed = _deepspeed(device)
+    if settings["zero_optimization"]["stage"] < 3:
+        model.to(device)
     try:
         engine, *_ = deepspeed.initialize(
             model=model, model_parameters=groups, config=settings, dist_init_required=False
@@ -102,15 +109,6 @@ def initialize(model: nn.Module, groups: list[dict[str, Any]], settings: dict[st
     except (AssertionError, ValueError) as error:
         raise InputError(f"zero: DeepSpeed refuses this configuration: {' '.join(str(error).split())}") from error
     return engine
-
-
-def build_sharded(stage: int, settings: dict[str, Any], device: str, build: Any) -> nn.Module:
-    """`build()` on the device; under stage 3 each parameter is sharded as it is made, no rank holds a full copy."""
-    deepspeed = _deepspeed(device)
-    if stage < 3:
-        return build().to(device)
-    with deepspeed.zero.Init(config_dict_or_path=settings):
-        return build()
 
 
 def save(engine: Any, folder: Path, tag: str, client_state: dict[str, Any]) -> None:
@@ -155,17 +153,14 @@ def consolidated_weights(folder: Path, tag: str) -> dict[str, Tensor]:
     _deepspeed("cpu")
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
+    weights: dict[str, Tensor] = {}
+    whole = folder / tag / "mp_rank_00_model_states.pt"
+    if whole.is_file():  # below stage 3: the module in its training precision, frozen parameters and buffers included
+        weights = torch.load(whole, map_location="cpu", weights_only=False)["module"]
     if list((folder / tag).glob("*zero_pp_rank_*optim_states.pt")):
-        return {k: v.float() for k, v in get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=tag).items()}
-    states = torch.load(folder / tag / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
-    return {name: tensor.float() for name, tensor in states["module"].items()}
-
-
-def gathered(parameters: Iterable[nn.Parameter]) -> Any:
-    """Context in which parameters sharded by stage 3 are whole on every rank; harmless below stage 3."""
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(list(parameters))
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            weights |= get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=tag)  # float32 masters of what learns
+    return {name: tensor.float() for name, tensor in weights.items()}
 
 
 def _deepspeed(device: str) -> Any:
