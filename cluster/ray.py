@@ -1,0 +1,94 @@
+"""Ray for one job: join a running cluster by its address, or start an own one on this machine and end it again."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+OBJECT_STORE_BYTES = 100_000_000
+KNOCK_S = 10.0
+# An own cluster lives on this host alone: no reports home, no tokens, addresses on 127.0.0.1.
+LOCAL_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+}
+
+
+class RayError(RuntimeError):
+    """Ray cannot be reached, started, or has no room for what was asked."""
+
+
+@contextmanager
+def ray_session(address: str | None = None, num_cpus: int | None = None) -> Iterator[None]:
+    """A connection to Ray for the length of the block.
+
+    `address` null starts a cluster of this machine only, with `num_cpus` (all by default) in a temporary folder, and
+    ends it; an address ("auto", host:port, ray://…) joins that cluster and leaves it running. A connection that is
+    already open is used as it is. Raises RayError where the address does not answer.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    if address:
+        _join(address)
+        folder = None
+    else:
+        folder = _start_local(num_cpus)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+        if folder:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _join(address: str) -> None:
+    import ray
+
+    try:
+        _knock(address)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise RayError(f"no Ray cluster answers at '{address}': {str(error).splitlines()[0]}") from error
+
+
+def _knock(address: str) -> None:
+    """Raise an OSError where nothing listens at host:port; Ray itself would try for minutes."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if port.isdigit():
+        with socket.create_connection((host, int(port)), timeout=KNOCK_S):
+            pass
+
+
+def _start_local(num_cpus: int | None) -> str:
+    import ray
+
+    before = {name: os.environ.get(name) for name in LOCAL_ENVIRONMENT}
+    os.environ.update(LOCAL_ENVIRONMENT)
+    folder = tempfile.mkdtemp(prefix="dermfm-ray-", dir="/tmp" if os.path.isdir("/tmp") else None)  # sockets: short
+    try:
+        ray.init(
+            address="local",
+            num_cpus=num_cpus,
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _temp_dir=folder,
+        )
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+    return folder

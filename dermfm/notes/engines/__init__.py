@@ -1,0 +1,1 @@
+"""Engines that turn requests into text, behind one protocol: `generate(requests) -> list[Generation]`."""

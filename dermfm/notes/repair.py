@@ -1,0 +1,34 @@
+"""Repairing a note: sentences that say more or other than the facts go, and facts that nobody states are added."""
+
+from __future__ import annotations
+
+from dermfm.notes.checks import find_faults, sentences, states
+from dermfm.notes.facts import Facts, statements
+
+ABOUT_CONTENT = ("missing", "repetition")
+
+
+def repair_note(text: str, facts: Facts) -> str | None:
+    """The note without its faulty sentences and with the missing facts stated plainly; None if that does not mend it.
+
+    At least one sentence of the original must remain: what is left of nothing is a template, not a repair.
+    """
+    kept: list[str] = []
+    for sentence in sentences(text):
+        if sentence not in kept and not _is_faulty(sentence, facts):
+            kept.append(sentence)
+    if not kept:
+        return None
+    said = " ".join(kept)
+    clean = " ".join(said.lower().split())
+    absent = {name for name in facts if not states(clean, name, facts)}
+    if {"age", "sex"} & absent:
+        absent |= {"age", "sex"}
+    added = [sentence for name, sentence in statements(facts).items() if name in absent]
+    mended = " ".join([*kept, *added])
+    return None if find_faults(mended, facts) else mended
+
+
+def _is_faulty(sentence: str, facts: Facts) -> bool:
+    """Whether the sentence, on its own, says something wrong (that it does not say everything is no fault of it)."""
+    return any(not fault.startswith(ABOUT_CONTENT) for fault in find_faults(sentence, facts))

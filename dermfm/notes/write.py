@@ -1,0 +1,119 @@
+"""From items to finished rows: generate, check, try again, repair, fall back to the template; each row says which."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from dermfm.notes.checks import find_faults
+from dermfm.notes.engines.protocol import Engine, EngineConfig, Generation, Request, build_engine
+from dermfm.notes.facts import Facts
+from dermfm.notes.repair import repair_note
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One planned note on its way: what to ask, the facts to check it against (None: nothing to check), its columns."""
+
+    request: Request
+    facts: Facts | None
+    columns: Row
+
+
+class NoteWriter:
+    """Writes notes in one process: an engine, and the checks behind it. The worker of the actor pool."""
+
+    def __init__(self, config: EngineConfig, repair: bool = True, engine: Engine | None = None) -> None:
+        self.config, self.repair = config, repair
+        self.engine = engine or build_engine(config)
+
+    def work(self, items: Sequence[Item]) -> list[Row]:
+        """One finished row (the columns of NOTE_SCHEMA) an item, in order."""
+        rows: list[Row | None] = [None] * len(items)
+        failed = {i: (_Draft(), items[i]) for i in range(len(items))}
+        for attempt in range(self.config.attempts):
+            chosen = list(failed)
+            requests = [replace(items[i].request, attempt=attempt) for i in chosen]
+            for i, generation in zip(chosen, generate_surely(self.engine, requests), strict=True):
+                draft = judge(items[i], generation, attempt)
+                if not draft.faults and not draft.error:
+                    rows[i] = self._row(items[i], draft, "regenerated" if attempt else self._first_source())
+                    del failed[i]
+                else:
+                    failed[i] = (_better(failed[i][0], draft), items[i])
+            if not failed:
+                break
+        for i, (draft, item) in failed.items():
+            rows[i] = self._rescue(item, draft)
+        return [row for row in rows if row is not None]
+
+    def _first_source(self) -> str:
+        return "template" if self.config.kind == "template" else "generated"
+
+    def _rescue(self, item: Item, draft: _Draft) -> Row:
+        """Repair the best try, or take the template; the faults of the try stay in the row."""
+        if self.repair and item.facts is not None and not draft.error:
+            mended = repair_note(draft.text, item.facts)
+            if mended is not None:
+                return self._row(item, replace(draft, text=mended), "repaired")
+        return self._row(item, replace(draft, text=item.request.fallback), "template")
+
+    def _row(self, item: Item, draft: _Draft, source: str) -> Row:
+        found = {"attempt": draft.attempt, "text": draft.text, "source": source, "faults": list(draft.faults)}
+        return {**item.columns, **found, "num_tokens": draft.num_tokens, "error": draft.error}
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """One try at a note."""
+
+    text: str = ""
+    attempt: int = 0
+    faults: tuple[str, ...] = ("empty",)
+    num_tokens: int = 0
+    error: str | None = None
+
+
+def judge(item: Item, generation: Generation, attempt: int) -> _Draft:
+    """A generation with its faults."""
+    if generation.error:
+        return _Draft("", attempt, (), generation.num_tokens, generation.error)
+    text = " ".join(generation.text.split())
+    faults = find_faults(text, item.facts) if item.facts is not None else []
+    if not generation.finished and "unfinished" not in faults:
+        faults.append("unfinished")
+    return _Draft(text, attempt, tuple(faults), generation.num_tokens)
+
+
+def fixed_row(item: Item) -> Row:
+    """The row of a note that no model writes, or that a model must not be asked for again."""
+    text = item.request.fallback
+    found = {"attempt": 0, "text": text, "source": "template", "faults": [], "num_tokens": len(text.split())}
+    return {**item.columns, **found, "error": None}
+
+
+def poisoned_row(item: Item, error: str) -> Row:
+    """The row of an item that kills its worker: the template, and the error."""
+    return {**fixed_row(item), "error": error}
+
+
+def generate_surely(engine: Engine, requests: Sequence[Request]) -> list[Generation]:
+    """The engine's answers; where a batch raises, it is cut in halves until the request that does it is alone."""
+    try:
+        return engine.generate(requests)
+    except (RuntimeError, ValueError, IndexError, KeyError, TypeError) as error:
+        if len(requests) == 1:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            return [Generation("", error=reason)]
+        half = len(requests) // 2
+        return generate_surely(engine, requests[:half]) + generate_surely(engine, requests[half:])
+
+
+def _better(before: _Draft, now: _Draft) -> _Draft:
+    """The try with fewer faults; the earlier one on a tie. A try with an error loses against one without."""
+    if now.error or (before.faults != ("empty",) and not before.error and len(before.faults) <= len(now.faults)):
+        return replace(before, error=now.error) if before.faults == ("empty",) else before
+    return now

@@ -1,0 +1,61 @@
+"""Synthesize clinical notes for the records: one row a note in <out>/part-NNNNN.parquet.
+
+`template` and `label` need no model; prompted strategies (narrative) are written by a language model on Ray actors,
+checked against the record's facts, tried again, repaired, or replaced by the template, and each row says which.
+The same command continues what was interrupted and makes only what is missing.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import Counter
+from typing import Any
+
+from cluster.ray import RayError
+from dermfm.config import InputError
+from dermfm.notes.plan import NotesConfig
+from dermfm.notes.store import SOURCES
+from dermfm.notes.synthesize import Tally, TooManyFailures, plan_notes, summary, synthesize
+
+
+def schema(call: Any) -> type:
+    """The job's configuration."""
+    return NotesConfig
+
+
+def run(config: NotesConfig, call: Any) -> int:
+    """Make the missing notes: 0 done, 1 too many failed."""
+    plan, table = plan_notes(config)
+    wanted = Counter(note.strategy.name for note in plan.notes.values())
+    done = len(plan.notes) - plan.num_missing
+    print(f"notes: {len(plan.notes)} wanted ({_counts(wanted)}); {done} done, {plan.num_missing} to do")
+    if call.dry_run:
+        return 0
+    began = time.monotonic()
+    try:
+        tally = synthesize(config, plan, table)
+    except TooManyFailures as error:
+        print(f"dermfm notes: {error}", file=sys.stderr)
+        return 1
+    except RayError as error:
+        raise InputError(f"ray: {error}") from error
+    _print_summary(config, tally, time.monotonic() - began)
+    return 0
+
+
+def _print_summary(config: NotesConfig, tally: Tally, seconds: float) -> None:
+    made = sum(tally.made.values())
+    if made:
+        print(f"{made} notes in {seconds:.0f} s ({made / seconds:.1f} notes/s), {tally.errors} with an error")
+    for strategy, counts in summary(config).items():
+        total = sum(counts.values())
+        kept = counts["generated"] + counts["regenerated"]
+        told = _counts({source: counts[source] for source in SOURCES if counts[source]})
+        share = f"; yield {kept / total:.3f}" if kept or counts["repaired"] else ""
+        print(f"  {strategy}: {total} notes ({told}){share}")
+    print(f"in {config.out}")
+
+
+def _counts(counts: Any) -> str:
+    return ", ".join(f"{name} {count}" for name, count in counts.items())

@@ -1,0 +1,113 @@
+"""Faithfulness checks, on sentences labelled by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from dermfm.notes.checks import class_of, find_faults
+from dermfm.notes.repair import repair_note
+
+FACTS = {
+    "image": "dermoscopic",
+    "age": "55",
+    "sex": "female",
+    "site": "back",
+    "diagnosis": "compound nevus",
+    "malignancy": "benign",
+}
+MELANOMA = {"image": "clinical", "diagnosis": "melanoma in situ", "malignancy": "malignant"}
+KERATOSIS = {"image": "clinical", "diagnosis": "actinic keratosis", "malignancy": "pre-cancerous"}
+
+FAITHFUL = [
+    (FACTS, "Dermoscopic image of a compound nevus on the back of a 55-year-old woman. It is a benign lesion."),
+    (FACTS, "A 55-year-old female patient has a benign lesion on her back; dermoscopy shows a compound nevus."),
+    (FACTS, "Dermoscopy: compound nevus on the back of a woman aged 55. The lesion is benign and not malignant."),
+    (MELANOMA, "The clinical image shows a melanoma in situ. The lesion is malignant."),
+    (MELANOMA, "The clinical image shows a melanoma in situ, which is not benign but malignant."),
+    (KERATOSIS, "The clinical photograph shows an actinic keratosis, a pre-cancerous skin lesion."),
+]
+BASE = "Dermoscopic image of a compound nevus on the back of a 55-year-old woman. It is a benign lesion."
+FAULTY = [
+    (FACTS, BASE.replace(" on the back", ""), "missing: site"),
+    (FACTS, BASE.replace("55-year-old ", ""), "missing: age"),
+    (FACTS, BASE.replace("55", "65"), "contradiction: age (65)"),
+    (FACTS, BASE.replace("woman", "man"), "contradiction: sex (man)"),
+    (FACTS, BASE.replace("back", "vulva"), "unsupported: site (vulva)"),
+    (FACTS, BASE.replace("compound nevus", "melanoma"), "contradiction: diagnosis (melanoma)"),
+    (FACTS, BASE.replace("compound nevus", "lesion"), "missing: diagnosis"),
+    (FACTS, BASE.replace("a compound", "no compound"), "contradiction: diagnosis (not nevus)"),
+    (FACTS, BASE.replace("benign", "malignant"), "contradiction: malignancy (malignant)"),
+    (FACTS, BASE.replace("is a benign", "is not a benign"), "contradiction: malignancy (not benign)"),
+    (FACTS, BASE.replace("Dermoscopic", "Clinical"), "contradiction: image (clinical image)"),
+    (FACTS, BASE + " It measures 4 mm.", "unsupported: mm"),
+    (FACTS, BASE + " She has a history of itching.", "unsupported: itching"),
+    (FACTS, BASE + " It is a rare lesion.", "unsupported: rare"),
+    (FACTS, BASE + " It is a rare", "unfinished"),
+    (FACTS, BASE + " " + BASE, "repetition"),
+    (FACTS, "I'm sorry, I cannot write a note.", "refusal: i cannot"),
+    (FACTS, "", "empty"),
+    (FACTS, BASE + " The lesion is shown." * 40, "too long"),
+    (MELANOMA, "The clinical image shows a melanoma in situ, a non-malignant lesion.", "missing: malignancy"),
+    (MELANOMA, "The clinical image shows a melanoma. The lesion is malignant.", "missing: diagnosis"),
+    (MELANOMA, "The clinical image of a man shows a malignant melanoma in situ.", "unsupported: sex (man)"),
+    (MELANOMA, "The clinical image shows a melanoma in situ on the leg. It is malignant.", "unsupported: site (leg)"),
+    (
+        MELANOMA,
+        "A 60-year-old patient. Clinical image: malignant melanoma in situ.",
+        "unsupported: number (60-year-old)",
+    ),
+    (
+        KERATOSIS,
+        "The clinical image shows actinic keratosis, a malignant lesion.",
+        "contradiction: malignancy (malignant)",
+    ),
+    (KERATOSIS, "The clinical image shows actinic keratosis. It is not pre-cancerous.", "missing: malignancy"),
+]
+
+
+@pytest.mark.parametrize(("facts", "text"), FAITHFUL)
+def test_a_faithful_note_has_no_fault(facts, text):
+    assert find_faults(text, facts) == []
+
+
+@pytest.mark.parametrize(("facts", "text", "fault"), FAULTY)
+def test_each_kind_of_fault_is_found(facts, text, fault):
+    assert fault in find_faults(text, facts)
+
+
+def test_a_nevus_that_belongs_to_the_given_melanoma_contradicts_nothing():
+    facts = {"diagnosis": "melanoma in situ associated with a nevus", "malignancy": "malignant"}
+    text = "The diagnosis is melanoma in situ associated with a nevus. The lesion is malignant."
+    assert find_faults(text, facts) == []
+
+
+def test_the_word_cancer_in_a_class_name_says_nothing_about_malignancy():
+    facts = {"diagnosis": "basal cell cancer", "malignancy": "malignant"}
+    assert "missing: malignancy" in find_faults("The diagnosis is basal cell cancer.", facts)
+
+
+@pytest.mark.parametrize(
+    ("diagnosis", "code"),
+    [
+        ("hemangioma", "VASC"),
+        ("keratoacanthoma", "SCC"),
+        ("compound nevus", "NEV"),
+        ("lentigo maligna", "MEL"),
+        ("x", None),
+    ],
+)
+def test_a_diagnosis_belongs_to_its_class(diagnosis, code):
+    assert class_of(diagnosis) == code
+
+
+def test_repair_removes_what_is_invented_and_states_what_is_missing():
+    text = "The dermoscopic image shows a compound nevus on the back. It is rare. The lesion is benign."
+    mended = repair_note(text, FACTS)
+    assert mended is not None
+    assert "rare" not in mended
+    assert "55-year-old woman" in mended
+    assert find_faults(mended, FACTS) == []
+
+
+def test_a_note_without_one_sound_sentence_is_not_repaired():
+    assert repair_note("It is a rare melanoma.", FACTS) is None

@@ -1,0 +1,88 @@
+"""Prompt files: what they may see, and what is refused."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from dermfm.config import InputError
+from dermfm.notes.prompts import PROMPTS, load_prompt
+from dermfm.notes.strategies import find_strategies
+
+BLIND = """
+version: "1"
+label_access: blind
+fields: [modality, age, sex, site]
+requires: [image]
+user: "{{ image }} {{ site or '' }} {{ age or '' }}"
+"""
+
+
+def edited(tmp_path, old, new):
+    path = tmp_path / "narrative.yaml"
+    path.write_text((PROMPTS / "narrative.yaml").read_text().replace(old, new))
+    return str(path)
+
+
+@pytest.mark.parametrize("path", sorted(PROMPTS.glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_packaged_prompt_loads(path):
+    assert load_prompt(str(path)).version.startswith(path.stem)
+
+
+def test_fields_that_a_prompt_may_not_see_change_nothing_of_its_request(tmp_path, record):
+    (tmp_path / "blind.yaml").write_text(BLIND)
+    (strategy,) = find_strategies(["blind"], str(tmp_path))
+    hidden = {
+        "label": 6,
+        "malignancy": "malignant",
+        "class": "x",
+        "subclass": "y",
+        "findings": "z",
+        "matched_class": "m",
+    }
+    plain, changed = record("a"), {**record("a"), **hidden}
+    assert strategy.facts(plain) == strategy.facts(changed)
+    assert strategy.prompt.messages(strategy.facts(plain), 1) == strategy.prompt.messages(strategy.facts(changed), 1)
+    assert strategy.visible(plain) == strategy.visible(changed)
+    assert "nevus" not in strategy.fallback(plain)
+
+
+def test_examples_show_only_facts_that_the_record_has(record):
+    (strategy,) = find_strategies(["narrative"])
+    facts = strategy.facts(record("a", age=None, sex=None, site=None))
+    for seed in range(2):
+        said = " ".join(content for _, content in strategy.prompt.prefix(facts, seed))
+        assert "year-old" not in said
+        assert "site" not in said
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("fields: [modality", "fields: [modalities", "did you mean 'modality'"),
+        ("label_access: given", "label_access: blind", "label-blind prompt may not see"),
+        ("; {{ diagnosis }};", "; {{ diagnoses }};", "'diagnoses' is undefined"),
+        ("site: back, ", "", "see 'site'"),
+        ("version:", "versoin:", "unknown key 'versoin'"),
+    ],
+)
+def test_a_broken_prompt_is_refused_by_name(tmp_path, old, new, told):
+    with pytest.raises(InputError, match=told):
+        load_prompt(edited(tmp_path, old, new))
+
+
+def test_a_prompt_cannot_reach_beyond_its_sandbox(tmp_path):
+    with pytest.raises(InputError):
+        load_prompt(edited(tmp_path, "{{ diagnosis }}", "{{ ''.__class__.__mro__ }}"))
+
+
+def test_an_edit_without_a_new_version_still_changes_the_version_of_its_notes(tmp_path):
+    before = load_prompt(str(PROMPTS / "narrative.yaml")).version
+    assert load_prompt(edited(tmp_path, "Use every fact", "Use all facts")).version != before
+
+
+def test_an_unknown_strategy_names_the_nearest_one(tmp_path):
+    shutil.copy(PROMPTS / "narrative.yaml", tmp_path)
+    with pytest.raises(InputError, match="did you mean 'narrative'"):
+        find_strategies(["narative"], str(tmp_path))
