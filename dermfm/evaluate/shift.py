@@ -1,0 +1,87 @@
+"""Where a number is measured: every data set and the partitions of the protocol."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from dermfm.config import InputError, check_choice, key, nearest
+from dermfm.evaluate.records import RecordSet
+from dermfm.records.vocabulary import CLASSES
+
+PARTITIONS = ("internal", "external", "dermoscopic", "clinical", "all")
+
+
+@dataclass(kw_only=True)
+class ProtocolConfig:
+    """Which data sets play which role, and how they are scored."""
+
+    name: str = key("strict", "strict (one note a record, own group out of the pool, ties by expectation)")
+    internal: list[str] = key([], "data sets of the training domain; empty: those with training samples in the shards")
+    external: list[str] = key([], "data sets under domain shift; empty: all others")
+    endpoint: str = key(
+        "f1_macro", "metric of the primary endpoint: image classification, mean over external data sets"
+    )
+
+    def __post_init__(self) -> None:
+        check_choice("protocol.name", self.name, ("strict",))
+        both = sorted(set(self.internal) & set(self.external))
+        if both:
+            raise ValueError(f"protocol.external: '{both[0]}' is also in protocol.internal; a data set has one role")
+
+
+@dataclass(frozen=True)
+class Scope:
+    """A set of records that numbers are given for: `mask` bool [N]."""
+
+    kind: str
+    name: str
+    mask: np.ndarray
+
+
+def resolve_roles(protocol: ProtocolConfig, present: list[str], trained: list[str]) -> ProtocolConfig:
+    """The protocol with both lists filled in. InputError for a name that no evaluated data set has, or an empty side.
+
+    `present`: data sets of the evaluated records; `trained`: those with training samples in the shards.
+    """
+    for field in ("internal", "external"):
+        for name in getattr(protocol, field):
+            if name not in present:
+                raise InputError(f"protocol.{field}: no test record of data set '{name}'; {nearest(name, present)}")
+    internal = protocol.internal or [d for d in present if d in trained and d not in protocol.external]
+    external = protocol.external or [d for d in present if d not in internal]
+    left = [d for d in present if d not in internal and d not in external]
+    if left:
+        raise InputError(f"protocol: data set '{left[0]}' is neither internal nor external; add it to one of the lists")
+    return replace(protocol, internal=sorted(internal), external=sorted(external))
+
+
+def make_scopes(records: RecordSet, protocol: ProtocolConfig) -> list[Scope]:
+    """Every data set, then the partitions that hold records; `protocol` has its roles resolved."""
+    scopes = [Scope("dataset", name, records.datasets == name) for name in sorted(set(records.datasets))]
+    masks = {
+        "internal": np.isin(records.datasets, protocol.internal),
+        "external": np.isin(records.datasets, protocol.external),
+        "dermoscopic": records.modality == "dermoscopic",
+        "clinical": records.modality == "clinical",
+        "all": np.ones(len(records), bool),
+    }
+    scopes += [Scope("partition", name, masks[name]) for name in PARTITIONS if masks[name].any()]
+    return scopes
+
+
+def empty_partitions(scopes: list[Scope]) -> list[str]:
+    """Partitions without a record, for the protocol's notes."""
+    return [name for name in PARTITIONS if name not in {s.name for s in scopes if s.kind == "partition"}]
+
+
+def absent_classes(records: RecordSet, scopes: list[Scope]) -> dict[str, list[str]]:
+    """Classes without a record, for each scope that lacks some: its macro means are over the others."""
+    out = {}
+    for scope in scopes:
+        held = set(records.labels[scope.mask])
+        lacking = [name for c, name in enumerate(CLASSES) if c not in held]
+        if lacking:
+            out[f"{scope.kind} {scope.name}"] = lacking
+    return out

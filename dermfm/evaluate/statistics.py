@@ -1,0 +1,128 @@
+"""Resampling of groups (lesions, patients) and what it gives: intervals of means, of confusion measures, of medians.
+
+A draw is a weight for every group, so that one matrix product turns group sums into all resamples at once, and two runs
+with the same seed over the same test set are resampled alike (paired).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+BLOCK = 64  # resamples handled together where an array over records would be too large otherwise
+
+
+@dataclasses.dataclass(frozen=True)
+class Draws:
+    """`weights` float32 [resamples, groups]: how often each group was drawn; `group_of` [N]: the group of a record."""
+
+    weights: np.ndarray
+    group_of: np.ndarray
+
+    def sums(self, values: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Resampled sums [resamples, ...] of `values` [n, ...] that belong to the records `rows` [n]."""
+        flat = np.asarray(values, dtype=float).reshape(len(rows), -1)
+        out = np.zeros((len(self.weights), flat.shape[1]))
+        if len(rows):
+            order = np.argsort(self.group_of[rows], kind="stable")
+            groups, starts = np.unique(self.group_of[rows][order], return_index=True)
+            per_group = np.add.reduceat(flat[order], starts, axis=0)
+            for start in range(0, len(out), BLOCK):
+                out[start : start + BLOCK] = self.weights[start : start + BLOCK][:, groups].astype(float) @ per_group
+        return out.reshape(len(out), *np.shape(values)[1:])
+
+
+def draw_groups(groups: np.ndarray, datasets: np.ndarray, resamples: int, seed: int) -> Draws:
+    """Resample groups with replacement within strata; groups [N] and datasets [N] of the records.
+
+    A stratum is the set of data sets that a group has records in, so that a lesion photographed for two data sets is
+    drawn once for both.
+    """
+    names, group_of = np.unique(np.asarray(groups).astype(str), return_inverse=True)
+    group_of = group_of.ravel()
+    _, dataset_of = np.unique(np.asarray(datasets).astype(str), return_inverse=True)
+    touched = np.zeros((len(names), int(dataset_of.max(initial=-1)) + 1), bool)
+    touched[group_of, dataset_of.ravel()] = True
+    strata = np.unique(touched, axis=0, return_inverse=True)[1].ravel()
+    weights = np.zeros((resamples, len(names)), np.float32)
+    for stratum in range(int(strata.max(initial=-1)) + 1):
+        members = np.flatnonzero(strata == stratum)
+        rng = np.random.default_rng([seed, stratum])
+        for k in range(resamples):
+            picked = rng.integers(0, len(members), len(members))
+            weights[k, members] = np.bincount(picked, minlength=len(members))
+    return Draws(weights, group_of)
+
+
+def interval(values: np.ndarray, level: float = 0.95) -> tuple[float | None, float | None]:
+    """Percentile interval of resampled values [resamples]; (None, None) where fewer than half are defined."""
+    values = np.asarray(values, dtype=float)
+    finite = values[np.isfinite(values)]
+    if len(finite) == 0 or len(finite) * 2 < len(values):
+        return None, None
+    low, high = np.quantile(finite, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def mean_draws(values: np.ndarray, rows: np.ndarray, draws: Draws) -> np.ndarray:
+    """Resampled means [resamples] of values [n] (NaN left out) of the records `rows`."""
+    keep = np.isfinite(values)
+    sums = draws.sums(np.stack([values[keep], np.ones(keep.sum())], axis=1), rows[keep])
+    return _ratio(sums[:, 0], sums[:, 1])
+
+
+def class_mean_draws(values: np.ndarray, labels: np.ndarray, rows: np.ndarray, draws: Draws) -> np.ndarray:
+    """Resampled means over classes of the class means of values [n] with labels [n]; classes drawn zero times go."""
+    keep = np.isfinite(values)
+    onehot = (labels[keep][:, None] == np.unique(labels[keep])[None, :]).astype(float)
+    sums = draws.sums(np.stack([values[keep][:, None] * onehot, onehot], axis=1), rows[keep])
+    means = _ratio(sums[:, 0], sums[:, 1])
+    counted = np.isfinite(means)
+    return _ratio(np.where(counted, means, 0.0).sum(axis=1), counted.sum(axis=1).astype(float))
+
+
+def class_mean(values: np.ndarray, labels: np.ndarray) -> float:
+    """Mean over classes of the class means of values [n] (NaN left out); NaN where nothing is defined."""
+    keep = np.isfinite(values)
+    means = [values[keep & (labels == c)].mean() for c in np.unique(labels[keep])]
+    return float(np.mean(means)) if means else float("nan")
+
+
+def median_draws(values: np.ndarray, rows: np.ndarray, draws: Draws) -> np.ndarray:
+    """Resampled medians [resamples] of values [n] (NaN left out): the middle of the two middle ones where even."""
+    keep = np.isfinite(values)
+    order = np.argsort(values[keep], kind="stable")
+    ranked, groups = values[keep][order], draws.group_of[rows[keep]][order]
+    out = np.full(len(draws.weights), np.nan)
+    for start in range(0, len(out), BLOCK) if len(ranked) else ():
+        total = np.cumsum(draws.weights[start : start + BLOCK][:, groups].astype(float), axis=1)
+        half = total[:, -1:] / 2
+        low = np.minimum((total < half).sum(axis=1), len(ranked) - 1)
+        high = np.minimum((total <= half).sum(axis=1), len(ranked) - 1)
+        out[start : start + BLOCK] = np.where(half[:, 0] > 0, (ranked[low] + ranked[high]) / 2, np.nan)
+    return out
+
+
+def auroc_draws(scores: np.ndarray, labels: np.ndarray, rows: np.ndarray, draws: Draws) -> np.ndarray:
+    """Resampled one-versus-rest AUROC [resamples], mean over the classes with both sides drawn; scores [n, C]."""
+    total, defined = np.zeros(len(draws.weights)), np.zeros(len(draws.weights))
+    groups = draws.group_of[rows]
+    for c in np.unique(labels):
+        order = np.argsort(scores[:, c], kind="stable")
+        ranked, hit = scores[order, c], labels[order] == c
+        starts = np.concatenate([[0], np.flatnonzero(np.diff(ranked)) + 1])
+        for start in range(0, len(total), BLOCK):
+            weight = draws.weights[start : start + BLOCK][:, groups[order]].astype(float)
+            positive = np.add.reduceat(weight * hit, starts, axis=1)
+            negative = np.add.reduceat(weight * ~hit, starts, axis=1)
+            below = np.cumsum(negative, axis=1) - negative / 2
+            area = _ratio((positive * below).sum(axis=1), positive.sum(axis=1) * negative.sum(axis=1))
+            good = np.isfinite(area)
+            total[start : start + BLOCK] += np.where(good, area, 0.0)
+            defined[start : start + BLOCK] += good
+    return _ratio(total, defined)
+
+
+def _ratio(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
+    return np.divide(top, bottom, out=np.full(np.shape(top), np.nan), where=bottom > 0)

@@ -1,0 +1,153 @@
+"""The report job: read a run, make its tables and pictures, write one HTML file that needs no network."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from dermfm import checkpoint as checkpoints
+from dermfm.checkpoint import load_model
+from dermfm.config import InputError, check_range, key
+from dermfm.notes.store import done_parts
+from dermfm.records.vocabulary import CLASS_CODES
+from dermfm.report import attention, compare, figures, gallery, tables
+from dermfm.report.notes import note_table
+from dermfm.report.run import ATLAS, Run, load_run
+
+
+@dataclass(kw_only=True)
+class ReportConfig:
+    """One page about one evaluation of a run."""
+
+    run: str | None = key(None, "run directory with an evaluation")
+    out: str | None = key(None, "HTML file to write; null: <run>/report.html")
+    step: int | None = key(None, "step whose evaluation is shown; null: the last one evaluated")
+    shards: str | None = key(None, "folder of shards that was evaluated; null: that of the run's config.yaml")
+    notes: str | None = key(None, "folder of notes for the yield table; null: <run>/notes where it exists")
+    title: str | None = key(None, "heading; null: the run's name")
+    gallery: int = key(8, "queries in each retrieval gallery")
+    attention: int = key(4, "images with attention maps; 0: none (no checkpoint is loaded then)")
+    images: bool = key(True, "show images; false makes a page without photographs")
+    seed: int = key(0, "choice of the shown records")
+
+    def __post_init__(self) -> None:
+        check_range("gallery", self.gallery, 0, 200)
+        check_range("attention", self.attention, 0, 100)
+
+
+def write_report(config: ReportConfig, dry_run: bool = False) -> Path:
+    """Write the page (a dry run only reads); its path. InputError where the run cannot be reported on."""
+    if not config.run:
+        raise InputError("run: give run=<run directory>")
+    run = load_run(config.run, config.step, config.shards)
+    path = Path(config.out) if config.out else run.folder / "report.html"
+    if dry_run:
+        return path
+    text = render(config, run)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+    return path
+
+
+def render(config: ReportConfig, run: Run) -> str:
+    """The page as text."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("dermfm.report", "."), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters["number"] = tables.number
+    return environment.get_template("page.html").render(**page_values(config, run))
+
+
+def page_values(config: ReportConfig, run: Run) -> dict[str, Any]:
+    """Everything that the template shows."""
+    evaluation = run.evaluation
+    rows, protocol = evaluation.rows, evaluation.protocol
+    gaps = tables.shift_gaps(rows)
+    codes = dict(zip(protocol["classes"], CLASS_CODES, strict=True))
+    differences = {metric: compare.differences(evaluation, metric) for metric, _ in tables.MAIN_METRICS}
+    return {
+        "title": config.title or evaluation.content["run"],
+        "step": evaluation.content["step"],
+        "manifest": evaluation.content["manifest"],
+        "protocol": protocol,
+        "atlas": is_atlas(protocol),
+        "findings": findings(rows, differences["f1_weighted"]),
+        "main": [(name, tables.main_table(rows, m), differences[m]) for m, name in tables.MAIN_METRICS],
+        "methods": [name for _, _, name in tables.METHODS],
+        "retrieval": tables.retrieval_blocks(rows),
+        "retrieval_columns": tables.RETRIEVAL_TITLES,
+        "gaps": gaps,
+        "gap_figure": figures.gap_figure(gaps) if gaps else "",
+        "confusions": compare.confusions(evaluation),
+        "curves": figures.training_figures(run.curves),
+        "notes": note_table(config.notes or own_notes(run)),
+        "config": run.config_text,
+        "absent": {s: [codes[name] for name in names] for s, names in protocol["absent_classes"].items()},
+        "classes": list(zip(CLASS_CODES, protocol["classes"], strict=True)),
+    } | picture_values(config, run)
+
+
+def picture_values(config: ReportConfig, run: Run) -> dict[str, Any]:
+    """The parts with images: both galleries and the attention maps; empty where they are not wanted or impossible."""
+    which = shown_texts(run) if config.images else None
+    if which is None:
+        return {"i2t": [], "t2i": [], "attention": [], "shown_texts": None}
+    given = (run.evaluation, which, run.images, config.gallery, config.seed)
+    return {
+        "i2t": gallery.image_queries(*given),
+        "t2i": gallery.text_queries(*given),
+        "attention": _attention(config, run, which),
+        "shown_texts": run.evaluation.texts[which],
+    }
+
+
+def own_notes(run: Run) -> str | None:
+    """The notes folder inside the run directory, where there is one with finished notes."""
+    return str(run.folder / "notes") if done_parts(run.folder / "notes") else None
+
+
+def is_atlas(protocol: dict[str, Any]) -> bool:
+    """Whether the scored images were drawn by the embedded atlas."""
+    return all(name.startswith(ATLAS) for name in protocol["datasets"])
+
+
+def shown_texts(run: Run) -> int | None:
+    """The text set of the galleries: the one with the most distinct notes."""
+    texts = run.evaluation.texts
+    return max(range(len(texts)), key=lambda i: len(set(texts[i].texts))) if texts else None
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One sentence's numbers: model against probe in a partition."""
+
+    scope: str
+    model: float
+    probe: float
+    difference: compare.Difference
+
+
+def findings(rows: list[dict[str, Any]], differences: dict[str, compare.Difference]) -> list[Finding]:
+    """Model against frozen probe, internal and external, in weighted F1."""
+    out = []
+    for scope in ("internal", "external"):
+        wanted = {"scope_kind": "partition", "scope": scope, "metric": "f1_weighted", "class_set": "classes"}
+        model, probe = tables.find(rows, task="classify-image", **wanted), tables.find(rows, task="probe", **wanted)
+        if model and probe and scope in differences:
+            out.append(Finding(scope, model["value"], probe["value"], differences[scope]))
+    return out
+
+
+def _attention(config: ReportConfig, run: Run, which: int) -> list[attention.AttentionMap]:
+    """Attention maps, where the evaluated checkpoint is still there."""
+    folder = run.folder / "ckpt" / checkpoints.step_name(run.evaluation.content["step"])
+    if not config.attention or not folder.is_dir():
+        return []
+    model = load_model(folder)
+    return attention.attention_maps(model, run.evaluation, which, run.images, config.attention, config.seed)

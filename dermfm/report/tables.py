@@ -1,0 +1,147 @@
+"""The numbers of metrics.json as tables for people: one entry a cell, with its interval."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+Row = dict[str, Any]
+METHODS = (
+    ("classify-image", None, "model"),
+    ("probe", None, "frozen probe"),
+    ("zero-shot", "ensemble", "zero-shot"),
+)
+MAIN_METRICS = (("f1_weighted", "Weighted F1"), ("balanced_accuracy", "Balanced accuracy"), ("f1_macro", "Macro F1"))
+RETRIEVAL_COLUMNS = ("p@1", "p@10", "map_micro", "map_macro", "r@1", "r@10", "median_rank")
+RETRIEVAL_TITLES = ("P@1", "P@10", "mAP micro", "mAP macro", "R@1", "R@10", "median rank")
+GAP_METRICS = (("f1_weighted", "weighted F1"), ("balanced_accuracy", "balanced accuracy"), ("f1_macro", "macro F1"))
+TASK_TITLES = {
+    "retrieval-i2t": "Image → note",
+    "retrieval-t2i": "Note → image",
+    "retrieval-i2i": "Image → image",
+    "retrieval-t2t": "Note → note",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One number as text, its interval as text, and its chance level as text ("" where there is none)."""
+
+    value: str
+    interval: str = ""
+    chance: str = ""
+    best: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One line of a table: what it is about, how many records, its cells."""
+
+    title: str
+    kind: str
+    n: int
+    cells: list[Cell]
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A number for a cell; a dash where it is not defined."""
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def make_cell(row: Row | None, digits: int = 3) -> Cell:
+    """The cell of one row of metrics.json."""
+    if row is None:
+        return Cell("–")
+    interval = "" if row["ci_low"] is None else f"{row['ci_low']:.{digits}f}–{row['ci_high']:.{digits}f}"
+    return Cell(
+        number(row["value"], digits), interval, number(row["chance"], digits) if row["chance"] is not None else ""
+    )
+
+
+def find(rows: Iterable[Row], **wanted: Any) -> Row | None:
+    """The first row with all these fields."""
+    return next((r for r in rows if all(r[name] == value for name, value in wanted.items())), None)
+
+
+def scopes_of(rows: list[Row]) -> list[tuple[str, str]]:
+    """(kind, name) of every scope, data sets first, in the order of the file."""
+    return list(
+        dict.fromkeys((r["scope_kind"], r["scope"]) for r in rows if r["scope_kind"] in ("dataset", "partition"))
+    )
+
+
+def main_table(rows: list[Row], metric: str, class_set: str = "classes") -> list[Line]:
+    """A line a scope: model, frozen probe, zero-shot and the majority's value of one metric."""
+    lines = []
+    for kind, scope in scopes_of(rows):
+        own = [r for r in rows if r["scope_kind"] == kind and r["scope"] == scope and r["class_set"] == class_set]
+        found = [find(own, task=task, eval_strategy=strategy, metric=metric) for task, strategy, _ in METHODS]
+        known = [r for r in found if r is not None]
+        if known:
+            best = max(r["value"] for r in known)
+            cells = [dataclasses.replace(make_cell(r), best=r is not None and r["value"] == best) for r in found]
+            lines.append(Line(scope, kind, known[0]["n"], [*cells, Cell(number(known[0]["chance"]))]))
+    return lines
+
+
+@dataclasses.dataclass(frozen=True)
+class RetrievalBlock:
+    """The lines of one retrieval task with one kind of notes."""
+
+    title: str
+    track: str | None
+    strategy: str | None
+    pool: int
+    lines: list[Line]
+
+
+def retrieval_blocks(rows: list[Row]) -> list[RetrievalBlock]:
+    """One block for every retrieval task, strategy and track of the file."""
+    own = [r for r in rows if r["task"] in TASK_TITLES]
+    keys = list(dict.fromkeys((r["task"], r["eval_strategy"], r["track"]) for r in own))
+    blocks = []
+    for task, strategy, track in sorted(keys, key=lambda k: (list(TASK_TITLES).index(k[0]), k[1] or "")):
+        mine = [r for r in own if (r["task"], r["eval_strategy"], r["track"]) == (task, strategy, track)]
+        pool = max(r["pool"] or 0 for r in mine)
+        blocks.append(
+            RetrievalBlock(
+                TASK_TITLES[task], track, strategy, pool, [_retrieval_line(mine, s) for s in scopes_of(mine)]
+            )
+        )
+    return blocks
+
+
+def _retrieval_line(rows: list[Row], scope: tuple[str, str]) -> Line:
+    own = [r for r in rows if (r["scope_kind"], r["scope"]) == scope]
+    found = [find(own, metric=metric) for metric in RETRIEVAL_COLUMNS]
+    cells = [make_cell(r, 1 if r and r["metric"] == "median_rank" else 3) for r in found]
+    return Line(scope[1], scope[0], max(r["n"] for r in own), cells)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gap:
+    """Internal and external value of one method and their difference."""
+
+    method: str
+    metric: str
+    internal: float
+    external: float
+
+    @property
+    def difference(self) -> float:
+        """Internal minus external."""
+        return self.internal - self.external
+
+
+def shift_gaps(rows: list[Row]) -> list[Gap]:
+    """The gap of every method and metric for which both partitions have a value."""
+    gaps = []
+    for metric, title in GAP_METRICS:
+        for task, strategy, method in METHODS:
+            wanted = {"task": task, "eval_strategy": strategy, "metric": metric, "class_set": "classes"}
+            inside = find(rows, scope_kind="partition", scope="internal", **wanted)
+            outside = find(rows, scope_kind="partition", scope="external", **wanted)
+            if inside and outside:
+                gaps.append(Gap(method, title, inside["value"], outside["value"]))
+    return gaps

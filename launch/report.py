@@ -1,0 +1,28 @@
+"""dermfm report: one self-contained HTML page about an evaluated run.
+
+  dermfm report run=runs/demo
+  dermfm report run=runs/demo out=page.html images=false
+
+The page needs no network: tables, figures and thumbnails are inside. --dry-run says what would be written.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dermfm.report.page import ReportConfig, write_report
+
+if TYPE_CHECKING:
+    from launch.cli import Call
+
+
+def schema(call: Call) -> type[ReportConfig]:
+    """The job's configuration."""
+    return ReportConfig
+
+
+def run(config: ReportConfig, call: Call) -> int:
+    """Write the page, 0 when done."""
+    path = write_report(config, dry_run=call.dry_run)
+    print(f"{path}: {'would be written' if call.dry_run else f'{path.stat().st_size / 1e6:.1f} MB'}")
+    return 0
