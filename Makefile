@@ -19,11 +19,12 @@ $(VENV)/.ready: pyproject.toml
 	DS_ACCELERATOR=cpu PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -c \
 		"from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder; ShareMemCommBuilder().load(verbose=False)" || \
 		echo "DeepSpeed's communication extension was not built (g++ is needed); training builds it at its first start"
+	$(BIN)/python -c "from dermfm.notes.engines.smollm2 import converted_folder; converted_folder()"
 	touch $@
 
-# make demo [DATA=folder]: the whole chain into runs/demo, on the embedded atlas or on real images
+# make demo [DATA=folder] [ARGS="key=value …"]: the whole chain into runs/demo, on the embedded atlas or on real images
 demo: venv
-	$(BIN)/dermfm demo $(if $(DATA),configs/demo-real.yaml data=$(abspath $(DATA)),configs/demo.yaml) out=$(OUT)
+	$(BIN)/dermfm demo $(if $(DATA),configs/demo-real.yaml data=$(abspath $(DATA)),configs/demo.yaml) out=$(OUT) $(ARGS)
 
 # the fast part of the tests: lint, format, types, unit tests
 check: venv
