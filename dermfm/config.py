@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
 import typing
@@ -79,14 +80,14 @@ def read_file(path: str | Path) -> Path:
 def load(schema: type[T], path: str | Path | None = None, dotlist: Sequence[str] = ()) -> T:
     """Defaults of `schema`, overlaid by the YAML file (with its `extends:` chain) and then by `key=value` items.
 
+    Dataclasses are overlaid key by key. Lists and free dictionaries (`strategies`) are replaced as a whole: what a file
+    lists is all there is. `strategies.label=2` on the command line changes one entry.
     Raises InputError for a missing file, broken YAML, an unknown key (with the nearest valid one), a wrong type, a
     required value that is missing, or a value that the schema's own checks refuse.
     """
-    merged = OmegaConf.structured(schema)
-    origin = f"{path}" if path else schema.__name__
-    for source, layer in _layers(path, dotlist):
-        _check_keys(schema, layer, source)
-        merged = _guard(source, lambda m=merged, x=layer: OmegaConf.merge(m, x))
+    merged, origin = OmegaConf.structured(schema), f"{path}" if path else schema.__name__
+    for source, layer, item in _layers(path, dotlist):
+        merged = _overlay(schema, merged, layer, source, item)
     missing = sorted(_guard(origin, lambda: OmegaConf.missing_keys(merged)))
     if missing:
         doc = {name: text for name, _, text in _fields(schema)}.get(missing[0], "")
@@ -98,15 +99,16 @@ def explain(schema: type, path: str | Path | None = None, dotlist: Sequence[str]
     """Every key of `schema`, one a line: name, value, type, origin (default, a file, command line), doc line."""
     origins: dict[str, str] = {}
     merged = OmegaConf.structured(schema)
-    for source, layer in _layers(path, dotlist):
-        _check_keys(schema, layer, source)
-        merged = _guard(source, lambda m=merged, x=layer: OmegaConf.merge(m, x))
+    for source, layer, item in _layers(path, dotlist):
+        merged = _overlay(schema, merged, layer, source, item)
         origins.update(dict.fromkeys(_leaves(layer), source))
     lines = []
+    try:
+        values = OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException:  # `${key}` of a required key that is not given yet
+        values = OmegaConf.to_container(merged, resolve=False)
     for name, kind, doc in _fields(schema):
-        value = OmegaConf.select(merged, name, throw_on_missing=False)
-        if OmegaConf.is_config(value):
-            value = OmegaConf.to_container(value, resolve=False)
+        value = functools.reduce(lambda v, part: v[part] if isinstance(v, dict) else None, name.split("."), values)
         where = next((o for n, o in origins.items() if n == name or n.startswith(name + ".")), "default")
         lines.append(f"{name} = {json.dumps(value, default=str)}   [{kind}] ({where})  {doc}")
     return "\n".join(lines)
@@ -126,8 +128,7 @@ def from_dict(schema: type[T], values: dict[str, Any], origin: str) -> T:
     """A `schema` instance from plain containers, checked like a file; `origin` names them in messages."""
     layer = OmegaConf.create(values)
     assert isinstance(layer, DictConfig)
-    _check_keys(schema, layer, origin)
-    merged = _guard(origin, lambda: OmegaConf.merge(OmegaConf.structured(schema), layer))
+    merged = _overlay(schema, OmegaConf.structured(schema), layer, origin)
     return typing.cast(T, _guard(origin, lambda: OmegaConf.to_object(merged)))
 
 
@@ -154,15 +155,15 @@ def fingerprint(config: Any) -> str:
     return short_hash(to_dict(config))
 
 
-def _layers(path: str | Path | None, dotlist: Sequence[str]) -> Iterator[tuple[str, DictConfig]]:
-    """(source, values) of every file of the `extends:` chain, base first, and of the command line."""
+def _layers(path: str | Path | None, dotlist: Sequence[str]) -> Iterator[tuple[str, DictConfig, str]]:
+    """(source, values, "") of every file of the `extends:` chain, base first; (…, name) of the command line's items."""
     if path is not None:
-        yield from _file_layers(Path(path), ())
+        yield from ((source, layer, "") for source, layer in _file_layers(Path(path), ()))
     for item in dotlist:
         name, equals, _ = item.partition("=")
         if not equals or not name:
             raise InputError(f"command line: '{item}' is not of the form key=value")
-        yield "command line", _guard("command line", lambda i=item: OmegaConf.from_dotlist([i]))
+        yield "command line", _guard("command line", lambda i=item: OmegaConf.from_dotlist([i])), name
 
 
 def _file_layers(path: Path, seen: tuple[Path, ...]) -> Iterator[tuple[str, DictConfig]]:
@@ -174,23 +175,20 @@ def _file_layers(path: Path, seen: tuple[Path, ...]) -> Iterator[tuple[str, Dict
         return
     if not isinstance(layer, DictConfig):
         raise InputError(f"{path}: must hold `key: value` lines at the top level")
-    for name in map(str, layer):
-        _extend_part(layer, name, path, seen)
     bases = layer.pop("extends", None) or []
     for base in [bases] if isinstance(bases, str) else bases:
         yield from _file_layers(path.parent / base, (*seen, path.resolve()))
+    yield from _part_layers(layer, path, seen)
     yield str(path), layer
 
 
-def _extend_part(layer: DictConfig, name: str, path: Path, seen: tuple[Path, ...]) -> None:
-    """A part `name: {extends: other.yaml, …}` of a file starts from the other file's values."""
-    part = layer._get_node(name)
-    if not isinstance(part, DictConfig) or part._is_none() or "extends" not in part:
-        return
-    merged = OmegaConf.create({})
-    for _, base in _file_layers(path.parent / str(part.pop("extends")), (*seen, path.resolve())):
-        merged = OmegaConf.merge(merged, base)  # type: ignore[assignment]
-    layer[name] = OmegaConf.merge(merged, part)
+def _part_layers(layer: DictConfig, path: Path, seen: tuple[Path, ...]) -> Iterator[tuple[str, DictConfig]]:
+    """The layers on which a part `name: {extends: other.yaml, …}` of a file starts, under the part's name."""
+    for name in map(str, layer):
+        part = layer._get_node(name)
+        if isinstance(part, DictConfig) and not part._is_none() and "extends" in part:
+            for source, base in _file_layers(path.parent / str(part.pop("extends")), (*seen, path.resolve())):
+                yield source, OmegaConf.create({name: base})
 
 
 def _guard(source: str, call: Any) -> Any:
@@ -210,6 +208,16 @@ def _guard(source: str, call: Any) -> Any:
         raise
 
 
+def _overlay(schema: type, below: DictConfig, layer: DictConfig, source: str, item: str = "") -> DictConfig:
+    """`layer` laid over `below`, its keys checked. `item`: the name that a `key=value` of the command line gives."""
+    _check_keys(schema, layer, source)
+    for name, kind, _ in _fields(schema):
+        is_whole = kind.startswith("dict[") and not item.startswith(f"{name}.")
+        if is_whole and isinstance(OmegaConf.select(layer, name), DictConfig):
+            OmegaConf.update(below, name, {}, merge=False)
+    return _guard(source, lambda: OmegaConf.merge(below, layer))
+
+
 def _check_keys(schema: type, layer: DictConfig, source: str, prefix: str = "") -> None:
     hints = typing.get_type_hints(schema)
     names = [f.name for f in dataclasses.fields(schema)]
@@ -222,10 +230,19 @@ def _check_keys(schema: type, layer: DictConfig, source: str, prefix: str = "") 
             continue
         if is_list and isinstance(inner, ListConfig):
             for i in range(len(inner)):
-                if isinstance(node := inner._get_node(i), DictConfig):
-                    _check_keys(nested, node, source, f"{prefix}{name}[{i}].")
-        elif isinstance(inner, DictConfig) and not is_list and not inner._is_none() and not inner._is_interpolation():
-            _check_keys(nested, inner, source, f"{prefix}{name}.")
+                _check_part(nested, inner._get_node(i), source, f"{prefix}{name}[{i}]")
+        elif not is_list:
+            _check_part(nested, inner, source, f"{prefix}{name}")
+
+
+def _check_part(schema: type, node: Any, source: str, name: str) -> None:
+    """Check the keys of what stands for a dataclass, if it is not null or `${…}`."""
+    if node is None or node._is_none() or node._is_interpolation():
+        return
+    if not isinstance(node, DictConfig):
+        names = ", ".join(f.name for f in dataclasses.fields(schema))
+        raise InputError(f"{source}: {name}: '{node}' is not valid; it takes `key: value` lines of {names}")
+    _check_keys(schema, node, source, f"{name}.")
 
 
 def _nested(hint: Any) -> tuple[type | None, bool]:

@@ -78,9 +78,8 @@ def plan(config: TrainConfig, manifest: Manifest, world: int) -> Plan:
     batch = config.contrastive_batch
     if batch % world:
         low = batch // world * world
-        raise InputError(
-            f"contrastive_batch: {batch} is not divisible by {world} ranks; {low or world} or {low + world} are"
-        )
+        near = f"{low} and {low + world} are" if low else f"{world} is the smallest that is"
+        raise InputError(f"contrastive_batch: {batch} is not divisible by {world} ranks; {near}")
     own = batch // world
     micro = min(config.micro_batch, own)
     if own % micro:

@@ -46,10 +46,17 @@ def take_lock(run: Path) -> IO[str]:
 
 
 def check_identity(old: dict[str, Any], new: dict[str, Any], allowed: list[str], where: Path) -> None:
-    """InputError where a resumed run changes a key that its data order or model rests on, unless it is allowed."""
-    for name in sorted(set(old) | set(new)):
-        if old.get(name) != new.get(name) and name not in allowed:
-            raise InputError(
-                f"{where}: '{name}' is {new.get(name)!r}, the run was started with {old.get(name)!r}; "
-                f"give another run=, restore the value, or allow_change=[{name}]"
-            )
+    """InputError where a resumed run changes a key that its data order or model rests on, unless it is allowed.
+
+    `allowed` names keys, or the first parts of dotted ones: `model` allows every change of `model.*`.
+    """
+    changed = [
+        name
+        for name in sorted(set(old) | set(new))
+        if old.get(name) != new.get(name) and not any(name == a or name.startswith(f"{a}.") for a in allowed)
+    ]
+    if changed:
+        told = ", ".join(f"'{name}' is {new.get(name)!r} (it was started with {old.get(name)!r})" for name in changed)
+        raise InputError(
+            f"{where}: {told}; give another run=, restore the value, or allow_change=[{','.join(changed)}]"
+        )

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from cluster.preemption import StopFlag
 from cluster.process import Process
 from dermfm import checkpoint, metrics, run, zero
-from dermfm.config import InputError, fingerprint
+from dermfm.config import InputError, to_dict
 from dermfm.model.dermfm import DermFM
 from dermfm.optimizer import OptimizerConfig, parameter_groups, rate_factor
 from dermfm.plan import Plan, TrainConfig, check_notes, plan
@@ -29,6 +29,7 @@ from shards.order import SampleOrder
 from shards.reader import ShardReader
 
 DONE, FAILED, RESUMABLE = 0, 1, 75
+NO_SHAPE = ("model.text.cache_mb", "model.fusion.kernel")  # how the model computes, not what it is
 _log = logging.getLogger(__name__)
 
 
@@ -41,6 +42,8 @@ def train(config: TrainConfig, process: Process, source: checkpoint.Source | Non
     identity = _identity(config, manifest, order)
     engine = _engine(config, arithmetic, source, process)
     state = _restore(engine, config, identity, source, process)
+    if process.is_first:
+        checkpoint.set_aside(folder / "ckpt", state.step)
     batches = _batches(config, engine.module, reader, order, state, arithmetic, process)
     log = metrics.MetricsLog(folder, state.step, process.is_first)
     stop, speed = StopFlag().install(), metrics.Speed()
@@ -84,16 +87,25 @@ def _data(config: TrainConfig, manifest: Manifest) -> tuple[SampleOrder, ShardRe
 
 def _identity(config: TrainConfig, manifest: Manifest, order: SampleOrder) -> dict[str, Any]:
     """What must not change between a run and its resumption: data order, batch, model shape."""
+    shape = _flat(to_dict(config.model), "model")
     return {
         "shards": manifest.fingerprint,
         "contrastive_batch": config.contrastive_batch,
         "balance": config.balance,
         "strategies": dict(config.strategies),
-        "model": fingerprint(config.model),
+        **{name: value for name, value in shape.items() if name not in NO_SHAPE},
         "num_lanes": order.num_lanes,
         "window": order.window,
         "seed": config.seed,
     }
+
+
+def _flat(values: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """Nested dictionaries as one with dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}.{name}") if isinstance(value, dict) else {f"{prefix}.{name}": value}
+    return flat
 
 
 def _engine(config: TrainConfig, arithmetic: Plan, source: checkpoint.Source | None, process: Process) -> Any:
@@ -107,8 +119,7 @@ def _engine(config: TrainConfig, arithmetic: Plan, source: checkpoint.Source | N
         device=process.device,
         load_universal=source is not None and source.is_universal,
     )
-    model = zero.build_sharded(config.zero.stage, settings, process.device, lambda: DermFM(config.model))
-    model.train()
+    model = DermFM(config.model).train()
     return zero.initialize(model, parameter_groups(model, config.optimizer), settings, process.device)
 
 
@@ -124,20 +135,29 @@ def _set_rates(engine: Any, config: OptimizerConfig, done: float) -> dict[str, f
 
 
 def resume_source(config: TrainConfig, process: Process) -> checkpoint.Source | None:
-    """The checkpoint that this run goes on from, readable at this world size, or None. Before the group exists."""
+    """The checkpoint that this run goes on from, readable at this world size, or None. Before the group exists.
+
+    InputError where an identity key differs from it, or where all checkpoints of the run are damaged.
+    """
     folder = Path(config.run) / "ckpt"
     found = checkpoint.find(config.resume) if config.resume else checkpoint.newest(folder)
     if found is None:
+        if steps := checkpoint.complete_steps(folder):
+            raise InputError(f"{folder}: all {len(steps)} checkpoints are damaged; remove them to begin anew")
         return None
+    manifest = Manifest.load(config.shards)
+    identity = _identity(config, manifest, _data(config, manifest)[0])
+    run.check_identity(checkpoint.read_state(found).identity, identity, list(config.allow_change), Path(config.run))
     return checkpoint.source_for(found, process.world, config.zero.stage, process.is_first)
 
 
 def is_done(config: TrainConfig, world: int) -> bool:
     """Whether the run's newest checkpoint is its last one."""
-    steps = checkpoint.complete_steps(Path(config.run) / "ckpt")
-    return (
-        bool(steps) and not config.resume and steps[-1] >= plan(config, Manifest.load(config.shards), world).total_steps
-    )
+    folder = Path(config.run) / "ckpt"
+    steps = checkpoint.complete_steps(folder)
+    if config.resume or not steps or steps[-1] < plan(config, Manifest.load(config.shards), world).total_steps:
+        return False
+    return checkpoint.damage(folder / checkpoint.step_name(steps[-1])) is None
 
 
 def _restore(
@@ -147,7 +167,6 @@ def _restore(
     state = checkpoint.State(0, 0, identity, process.world, config.zero.stage, torch.get_num_threads())
     if source is None:
         return state
-    run.check_identity(source.state.identity, identity, list(config.allow_change), Path(config.run))
     zero.load(engine, source.folder.parent, source.folder.name)
     state.step, state.samples_seen = source.state.step, source.state.samples_seen
     how = f", saved by {source.state.world} ranks" if source.is_universal else ""
@@ -202,7 +221,7 @@ def _check_finite(values: dict[str, float], step: int, batch: Batch) -> None:
 def _describe_state(engine: Any, state: checkpoint.State, arithmetic: Plan) -> dict[str, float]:
     norm = engine.get_global_grad_norm()
     return {
-        "grad_norm": float(norm) if norm is not None else 0.0,
+        "grad_norm": float(norm) if norm is not None else math.nan,  # stage 0 in fp32 does not tell
         "samples_seen": float(state.samples_seen),
         "epoch": state.samples_seen / arithmetic.num_samples,
     }
@@ -231,7 +250,7 @@ def _say(process: Process, text: str, code: int) -> int:
 
 
 def prepare(config: TrainConfig) -> None:
-    """What the first process of a run does before any group exists: check inputs, free disk, record the run."""
+    """What the first process of a run does before any group exists: check inputs, the run directory and its disk."""
     manifest = Manifest.load(config.shards)
     check_notes(config, manifest)
     manifest.split(config.split)
@@ -245,4 +264,3 @@ def prepare(config: TrainConfig) -> None:
     free = shutil.disk_usage(folder).free
     if free < 1e9:
         raise InputError(f"run: {folder} has {free / 1e9:.1f} GB free; a checkpoint needs more")
-    run.record(folder, config)

@@ -118,12 +118,23 @@ def save(engine: Any, folder: Path, tag: str, client_state: dict[str, Any]) -> N
 
 
 def load(engine: Any, folder: Path, tag: str) -> None:
-    """Every rank reads its part of folder/tag, native or universal as the engine was told. Collective."""
+    """Every rank reads its part of folder/tag, native or universal as the engine was told. Collective.
+
+    Weights and moments are the checkpoint's; rates and decay of the parameter groups stay those of the configuration.
+    """
+    own = [{k: v for k, v in group.items() if k != "params"} for group in engine.optimizer.param_groups]
     path, _ = engine.load_checkpoint(str(folder), tag=tag)
     if path is None:
         raise InputError(f"{folder / tag}: DeepSpeed cannot load this checkpoint")
     # Left set, the next save would write model files on the first rank only, and stage 3 could not load them.
     engine._config.load_universal_checkpoint = False
+    # Stage 3's universal loader gives every group the values of the first one, and all moments one and the same step
+    # counter, which then runs as many times too fast as there are groups.
+    for group, values in zip(engine.optimizer.param_groups, own, strict=True):
+        group.update(values)
+    for moments in getattr(engine.optimizer, "optimizer", engine.optimizer).state.values():
+        if isinstance(moments.get("step"), Tensor):
+            moments["step"] = moments["step"].clone()
 
 
 def convert_universal(source: Path, target: Path) -> None:
@@ -169,8 +180,11 @@ def _deepspeed(device: str) -> Any:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DS_LOG_LEVEL", "warning")
     import logging
+    import warnings
 
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed calls torch's collectives by names that torch now warns of, at stage 3 in every step.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     return deepspeed

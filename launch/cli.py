@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from cluster.process import ProcessError
 from dermfm.config import InputError, explain, load, nearest
 from shards.manifest import ShardError
 
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(explain(schema, call.config, call.overrides))
             return DONE
         return int(job.run(load(schema, call.config, call.overrides), call))
-    except (InputError, ShardError) as error:
+    except (InputError, ShardError, ProcessError) as error:
         if is_first_rank():
             print(f"dermfm {argv[0]}: {' '.join(str(error).split())}", file=sys.stderr)
         return BAD_INPUT

@@ -15,7 +15,7 @@ from pathlib import Path
 from cluster.local import run_ranks
 from cluster.process import Process, close_group, from_environment, is_launched, start_group
 from dermfm.plan import TrainConfig, describe
-from dermfm.run import take_lock
+from dermfm.run import record, take_lock
 from dermfm.train import is_done, prepare, resume_source, train
 
 
@@ -53,6 +53,8 @@ def run_rank(config: TrainConfig, process: Process) -> int:
         if process.is_first:
             prepare(config)
         source = resume_source(config, process)
+        if process.is_first:
+            record(Path(config.run), config)  # only now: a refused resume leaves the run's record as it was
         start_group(process)
         try:
             return train(config, process, source)

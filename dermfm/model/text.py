@@ -79,11 +79,12 @@ class TextTower(nn.Module):
         return states, (states * weights).sum(1) / weights.sum(1).clamp(min=1)
 
     def train(self, mode: bool = True) -> TextTower:
-        """Training mode without dropout: gradients must not depend on the micro-batch."""
+        """Training mode without dropout: gradients must not depend on the micro-batch.
+
+        The whole encoder stays in eval mode, which changes nothing but dropout: that of attention weights is no module.
+        """
         super().train(mode)
-        for module in self.modules():
-            if isinstance(module, nn.Dropout):
-                module.eval()
+        self.body.eval()
         return self
 
     @torch.no_grad()

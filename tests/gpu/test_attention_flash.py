@@ -1,0 +1,47 @@
+"""flash-attn against the reference kernel; needs a CUDA device and the package flash-attn."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+from dermfm.model.attention import attention
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.skipif(importlib.util.find_spec("flash_attn") is None, reason="flash-attn is not installed"),
+]
+# (query rows, key rows, valid queries, valid keys) of a batch of three; None: no padding
+SHAPES = [
+    (64, 64, None, None),
+    (17, 49, None, [49, 1, 30]),
+    (96, 96, [96, 5, 40], [96, 5, 40]),
+    (96, 49, [96, 5, 40], None),
+    (32, 48, [32, 8, 0], [48, 10, 3]),
+]
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_outputs_and_gradients_are_those_of_the_reference(shape, dtype, causal):
+    rows, columns, lengths_q, lengths_k = shape
+    if causal and rows > columns:
+        pytest.skip("bottom-right causal masks leave the first queries without keys")
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(3, n, 4, 64, device="cuda", dtype=dtype) for n in (rows, columns, columns))
+    lengths = {
+        "lengths_q": None if lengths_q is None else torch.tensor(lengths_q, device="cuda"),
+        "lengths_k": None if lengths_k is None else torch.tensor(lengths_k, device="cuda"),
+    }
+    direction = torch.randn_like(q)
+    results = []
+    for kernel in ("flash", "reference"):
+        leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+        output = attention(*leaves, **lengths, causal=causal, kernel=kernel)
+        results.append([output, *torch.autograd.grad((output * direction).sum(), leaves)])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found.float(), expected.float(), rtol=2e-2, atol=2e-2)

@@ -1,0 +1,95 @@
+"""One optimizer step means the same on any number of ranks, micro-batch size and ZeRO stage: that of the full batch.
+
+The reference is plain autograd in one process over the whole batch, see `step_rank.run_reference`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("step_rank.py")
+NUM_STEPS = 5
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "all": {},
+    "supervised": {"contrastive_form": "supervised", "matching": 0, "label_smoothing": 0.1},
+    "image-only": {"contrastive": 0, "matching": 0, "classify_text": 0, "classify_fused": 0},
+}
+# (world, ZeRO stage, micro-batch, objectives); the batch has 16 samples
+CASES = [
+    (1, 1, 16, "all"),
+    (1, 1, 2, "all"),
+    (1, 0, 4, "supervised"),
+    (2, 1, 8, "all"),
+    (2, 1, 1, "all"),
+    (2, 2, 4, "all"),
+    (2, 3, 4, "all"),
+    (2, 1, 2, "supervised"),
+    (2, 2, 8, "image-only"),
+    (4, 1, 2, "all"),
+    (4, 3, 4, "all"),
+]
+
+pytestmark = pytest.mark.timeout(120)
+Rows = list[dict[str, float]]
+
+
+@pytest.fixture(scope="module")
+def results(config_values, launch, tmp_path_factory) -> Callable[[int], dict[Any, Rows]]:
+    """results(world) → the rows of that world's cases, and with world 1 the references by objectives' name."""
+    found: dict[int, dict[Any, Rows] | BaseException] = {}
+
+    def of(world: int) -> dict[Any, Rows]:
+        if world not in found:
+            try:
+                found[world] = run_world(world, config_values, launch, tmp_path_factory.mktemp("step"))
+            except (AssertionError, pytest.fail.Exception) as error:
+                found[world] = error  # every test of this world fails with it, at once
+        result = found[world]
+        if isinstance(result, BaseException):
+            raise result
+        return result
+
+    return of
+
+
+def run_world(world: int, values: dict[str, Any], launch: Any, folder: Path) -> dict[Any, Rows]:
+    own = [case for case in CASES if case[0] == world]
+    job = {
+        "model": values["model"],
+        "num_steps": NUM_STEPS,
+        "out": str(folder / "rows.json"),
+        "cases": [{"stage": s, "micro": m, "objectives": values["objectives"] | OBJECTIVES[o]} for _, s, m, o in own],
+        "references": [{"objectives": values["objectives"] | changes} for changes in OBJECTIVES.values()],
+    }
+    done = launch(SCRIPT, world, [json.dumps(job)])
+    assert done.returncode == 0, done.stderr[-3000:]
+    return dict(zip([*own, *OBJECTIVES], json.loads((folder / "rows.json").read_text()), strict=False))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[0]}-ranks-stage-{c[1]}-micro-{c[2]}-{c[3]}")
+def test_losses_and_gradient_norms_are_those_of_the_full_batch_in_one_process(results, case):
+    rows, reference = results(case[0])[case], results(1)[case[3]]
+    if case[1] == 0:
+        reference = [{name: value for name, value in row.items() if name != "grad_norm"} for row in reference]
+    losses, expected_losses = ({n: v for n, v in row.items() if "loss" in n} for row in (rows[0], reference[0]))
+    assert losses == pytest.approx(expected_losses, rel=1e-6)
+    for row, expected in zip(rows, reference, strict=True):
+        assert row == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_losses_of_the_comparison_really_move(results):
+    first, *_, last = results(1)["all"]
+    assert last["loss"] < 0.9 * first["loss"]
+    assert all(last[name] != pytest.approx(first[name], rel=1e-3) for name in first)
+
+
+def test_the_worlds_agree_with_each_other_while_the_batch_is_unevenly_bad_over_ranks(results):
+    """Rank 0 of 2 and of 4 has all records without notes; bad samples, unknown labels, equal texts lie elsewhere."""
+    everywhere = [results(world)[(world, 1, micro, "all")] for world, micro in ((1, 2), (2, 1), (4, 2))]
+    alone, *others = [[row["loss/matching"] for row in rows] for rows in everywhere]
+    assert all(other == pytest.approx(alone, rel=1e-4) for other in others)
