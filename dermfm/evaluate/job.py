@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
+import itertools
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,13 +18,22 @@ from dermfm.evaluate import results
 from dermfm.evaluate.embed import Compute
 from dermfm.evaluate.embedding import Embedded, embed_all
 from dermfm.evaluate.frozen import probe_predictions
-from dermfm.evaluate.ranks import Ranks, on_first
+from dermfm.evaluate.ranks import Ranks, on_first, spread
 from dermfm.evaluate.records import CLASS_SETS, concatenate, read_split
 from dermfm.evaluate.results import Prediction, Row
-from dermfm.evaluate.scoring import PRECISION_AT, RECALL_AT, Scored, Side, classification_rows, retrieval_rows, retrieve
+from dermfm.evaluate.scoring import (
+    PRECISION_AT,
+    RECALL_AT,
+    Retrieved,
+    Scored,
+    Side,
+    classification_rows,
+    retrieval_rows,
+    retrieve,
+)
 from dermfm.evaluate.shift import ProtocolConfig, Scope, absent_classes, empty_partitions, make_scopes, resolve_roles
 from dermfm.evaluate.source import Source, find_source, shards_folder, train_strategy
-from dermfm.evaluate.statistics import draw_groups
+from dermfm.evaluate.statistics import Draws, draw_groups
 from dermfm.evaluate.zeroshot import PROMPT_SETS, TEMPLATES, zero_shot_scores
 from dermfm.records.vocabulary import MALIGNANCIES, MALIGNANCY_OF
 from shards.manifest import Manifest
@@ -137,13 +148,21 @@ def score(
     records = embedded.records
     draws = draw_groups(records.groups, records.datasets, config.resamples, config.seed)
     fields = {"train_strategy": train_strategy(source.config), "seed": source.config.get("seed")}
-    rows: list[Row] = []
-    for scored in [*_from_heads(config, predictions), *_from_prompts(config, embedded)]:
+
+    def classification(item: tuple[Scored, Scope]) -> list[Row]:
+        scored, scope = item
         own = fields if scored.task != "probe" else {"seed": fields["seed"]}
-        rows += classification_rows(scored, records.truth[scored.class_set], scopes, draws, **own)
+        return list(classification_rows(scored, records.truth[scored.class_set], [scope], draws, **own))
+
+    heads = [*_from_heads(config, predictions), *_from_prompts(config, embedded)]
+    rows = spread(ranks, list(itertools.product(heads, scopes)), classification)
     for found in _retrievals(config, embedded, ranks):
-        rows += retrieval_rows(found, scopes, draws, **fields)
+        rows += spread(ranks, scopes, functools.partial(_retrieval_rows, found, draws, fields))
     return rows
+
+
+def _retrieval_rows(found: Retrieved, draws: Draws, fields: dict[str, Any], scope: Scope) -> list[Row]:
+    return list(retrieval_rows(found, [scope], draws, **fields))
 
 
 def _from_heads(config: EvaluateConfig, predictions: list[Prediction]) -> list[Scored]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import numpy as np
@@ -35,13 +36,13 @@ def fit_probe(features: np.ndarray, labels: np.ndarray, valid_features: np.ndarr
     """
     if len(np.unique(labels)) < 2:
         raise ValueError("probe: the training records hold fewer than two classes; set probe=false")
-    tried = {c: _macro_f1(_fit(features, labels, c), valid_features, valid_labels) for c in C_GRID if len(valid_labels)}
+    models: dict[float, LogisticRegression] = {}
+    model = LogisticRegression(class_weight="balanced", max_iter=MAX_ITER, warm_start=True)
+    for c in C_GRID if len(valid_labels) else (DEFAULT_C,):  # each starts where the stronger penalty before it ended
+        models[c] = copy.deepcopy(model.set_params(C=c).fit(features, labels))
+    tried = {c: _macro_f1(model, valid_features, valid_labels) for c, model in models.items() if len(valid_labels)}
     best = max(tried, key=lambda c: tried[c]) if tried else DEFAULT_C
-    return Probe(_fit(features, labels, best), best, tried)
-
-
-def _fit(features: np.ndarray, labels: np.ndarray, c: float) -> LogisticRegression:
-    return LogisticRegression(C=c, class_weight="balanced", max_iter=MAX_ITER).fit(features, labels)
+    return Probe(models[best], best, tried)
 
 
 def _macro_f1(model: LogisticRegression, features: np.ndarray, labels: np.ndarray) -> float:

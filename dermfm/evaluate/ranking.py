@@ -1,8 +1,9 @@
 """Exact rankings of a pool by similarity, in chunks of queries: average precision, P@K, ranks; ties by expectation.
 
-Identical pool vectors are scored once and carry a count, so that equal notes are exact ties whatever the blocking of
-the matrix product does to the last bit. One sort a query gives order and tie blocks together: the key is the score's
-bits, made monotone, above the vector's index. Nothing larger than [chunk, vectors] is ever held.
+Identical pool vectors are scored once, so that equal notes are exact ties whatever the blocking of the matrix product
+does to the last bit. Nothing larger than [chunk, pool] is ever held. One sort of 32-bit integers a query is all that
+class-level metrics need: the key is the score's bits, made monotone, with relevance in the bit that scores below 2 in
+absolute value leave free.
 
 Expected average precision and precision within tie blocks: McSherry and Najork, "Computing information retrieval
 performance measures efficiently in the presence of tied scores", ECIR 2008.
@@ -16,7 +17,8 @@ from collections.abc import Iterator
 import numpy as np
 
 CHUNK = 128  # queries scored together; fixed, because the blocking of a matrix product moves last bits
-_LOW = np.int64(0xFFFFFFFF)
+_LAST = np.iinfo(np.int32).max
+NOBODY = np.zeros(0, np.int64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +52,8 @@ class Pool:
         self.vectors, self.vector_of = unique_rows(vectors)
         self.counts = np.bincount(self.vector_of, minlength=len(self.vectors)).astype(np.int32)
         self._class_counts: dict[int, np.ndarray] = {}
-        self._is_class: dict[int, np.ndarray] = {}
+        self._of_class: dict[int, np.ndarray] = {}
+        self.in_order = bool(len(self.vectors) == self.size)
         self._by_group = np.argsort(groups, kind="stable")
         self._groups = np.asarray(groups)[self._by_group]
 
@@ -59,18 +62,23 @@ class Pool:
         low, high = np.searchsorted(self._groups, group, "left"), np.searchsorted(self._groups, group, "right")
         return self._by_group[low:high]
 
+    @property
+    def is_repetitive(self) -> bool:
+        """Whether the pool is much smaller counted in distinct vectors than in items."""
+        return 2 * len(self.vectors) <= self.size
+
+    def of_class(self, label: int) -> np.ndarray:
+        """1 for items of the class, else 0: int32 [N]."""
+        if label not in self._of_class:
+            self._of_class[label] = (self.labels == label).astype(np.int32)
+        return self._of_class[label]
+
     def class_counts(self, label: int) -> np.ndarray:
         """Items of one class behind each vector, int32 [vectors]."""
         if label not in self._class_counts:
             inside = self.vector_of[self.labels == label]
             self._class_counts[label] = np.bincount(inside, minlength=len(self.vectors)).astype(np.int32)
         return self._class_counts[label]
-
-    def is_class(self, label: int) -> np.ndarray:
-        """Whether an item of the class is behind each vector, bool [vectors]."""
-        if label not in self._is_class:
-            self._is_class[label] = self.class_counts(label) > 0
-        return self._is_class[label]
 
     def scores(self, queries: np.ndarray, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """(rows of one chunk, their similarities [chunk, vectors] float32)."""
@@ -112,19 +120,18 @@ def rank_classes(
     The query's own group is out of the pool unless `own_group`. P@K of a pool smaller than K is over the whole pool.
     """
     rows = np.arange(len(queries)) if rows is None else rows
-    harmonic = np.concatenate([[0.0], np.cumsum(1.0 / np.arange(1, pool.size + 1))])
+    counted = _Counted(pool.size, ks)
     precision, ap = np.full((len(rows), len(ks)), np.nan), np.full(len(rows), np.nan)
     relevant, sizes = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64)
-    sorted_blocks = _single_blocks if int(pool.counts.max(initial=0)) <= 1 else _merged_blocks
     place = 0
     for part, scores in pool.scores(queries, rows):
-        for query, key in zip(part, _keys(scores), strict=True):
-            out = pool.members(groups[query])[: 0 if own_group else None]
-            blocks = sorted_blocks(key, pool, int(labels[query]), out)
-            sizes[place], relevant[place] = pool.size - len(out), blocks[3].sum()
-            if relevant[place]:
-                ap[place] = _expected_ap(*blocks, harmonic) / relevant[place]
-                precision[place] = _expected_precision(*blocks, ks, int(sizes[place]))
+        for query, score in zip(part, scores, strict=True):
+            out, label = NOBODY if own_group else pool.members(groups[query]), int(labels[query])
+            if pool.is_repetitive:
+                found = _rank_repetitive(score, pool, label, out, counted)
+            else:
+                found = _rank_items(score, pool, label, out, counted)
+            sizes[place], relevant[place], ap[place], precision[place] = pool.size - len(out), *found
             place += 1
     return Ranking(precision, ap, relevant, sizes)
 
@@ -194,68 +201,92 @@ def chance_ap(relevant: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     return np.where(relevant > 0, value, np.nan)
 
 
-Blocks = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
-"""Tie blocks that hold a relevant item, in order: items before, relevant before, items in it, relevant in it."""
+class _Counted:
+    """What all queries of one pool share: cut-offs [K], harmonic numbers [N + 1], 1 … N."""
+
+    def __init__(self, size: int, ks: tuple[int, ...]) -> None:
+        self.ks = np.array(ks)
+        self.counts = np.arange(1, size + 1, dtype=float)
+        self.harmonic = np.concatenate([[0.0], np.cumsum(1.0 / self.counts)])
 
 
-def _keys(scores: np.ndarray) -> np.ndarray:
-    """[chunk, U] int64: high half the descending score as a monotone integer, low half the vector's index."""
-    bits = np.ascontiguousarray(np.float32(0) - scores).view(np.int32)  # 0 − x: descending, and no −0
-    bits = bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF))
-    return (bits.astype(np.int64) << 32) | np.arange(scores.shape[1], dtype=np.int64)
+Found = tuple[int, float, np.ndarray | float]  # relevant items, average precision, precision [K]
+NOTHING: Found = (0, float("nan"), float("nan"))
 
 
-def _single_blocks(key: np.ndarray, pool: Pool, label: int, out: np.ndarray) -> Blocks:
-    """Blocks where every vector is one item: excluded items sort to the end and are cut off. Ties are rare here."""
-    key[pool.vector_of[out]] = np.iinfo(np.int64).max
-    key.sort()
-    key = key[: len(key) - len(out)]
-    place = np.flatnonzero(pool.is_class(label)[key & _LOW])
-    score = key >> 32
-    ties = np.flatnonzero(score[1:] == score[:-1])
-    before, ones = np.arange(len(place)), np.ones(len(place), np.int64)
-    if not len(ties):
-        return place, before, ones, ones
-    first = ties[np.concatenate([[True], np.diff(ties) > 1])]
-    last = ties[np.concatenate([np.diff(ties) > 1, [True]])] + 1
-    low, high = np.searchsorted(place, first), np.searchsorted(place, last, "right")
-    live = high > low
-    first, last, low, high = first[live], last[live], low[live], high[live]
-    place, size, hits = place.copy(), ones.copy(), ones.copy()
-    place[low], size[low], hits[low] = first, last - first + 1, high - low
-    keep = np.ones(len(place), bool)  # a block is written at its first relevant item, the others of it go
-    change = np.zeros(len(place) + 1, np.int64)
-    np.add.at(change, low + 1, 1)
-    np.add.at(change, high, -1)
-    keep[np.cumsum(change)[:-1] > 0] = False
-    return place[keep], before[keep], size[keep], hits[keep]
+def _falling(score: np.ndarray) -> np.ndarray:
+    """int32 [U] that rises as the score falls, equal where scores are; the lowest bit is free."""
+    top = float(np.abs(score).max(initial=0))
+    if top >= 2:
+        score = np.ldexp(score, -int(np.frexp(top)[1]))  # a power of two moves no bit of the mantissa
+    bits = np.subtract(np.float32(0), score).view(np.int32)  # 0 − x, so that there is no −0
+    bits ^= (bits >> 31) & np.int32(0x7FFFFFFF)
+    bits <<= 1
+    return bits
 
 
-def _merged_blocks(key: np.ndarray, pool: Pool, label: int, out: np.ndarray) -> Blocks:
-    """Blocks where a vector can stand for many items."""
+def _rank_items(score: np.ndarray, pool: Pool, label: int, out: np.ndarray, counted: _Counted) -> Found:
+    """One query over a pool whose ties are rare: excluded items sort to the end and are cut off."""
+    keys = _falling(score)
+    if not pool.in_order:
+        keys = keys[pool.vector_of]
+    keys |= pool.of_class(label)
+    keys[out] = _LAST
+    keys.sort()
+    keys = keys[: len(keys) - len(out)]
+    relevant = (keys & 1).astype(bool)
+    place = np.flatnonzero(relevant)
+    if not len(place):
+        return NOTHING
+    ap = float(np.sum(counted.counts[: len(place)] / (place + 1)))
+    hits = np.searchsorted(place, counted.ks).astype(float)
+    # Within a tie block the irrelevant items come first. Only blocks with both kinds need an expectation.
+    mixed = np.flatnonzero((np.diff(keys) == 1) & ~relevant[:-1])
+    if len(mixed):
+        more_ap, more_hits = _mixed_blocks(keys, place, mixed, counted)
+        ap, hits = ap + more_ap, hits + more_hits
+    return len(place), ap / len(place), hits / np.minimum(counted.ks, len(keys))
+
+
+def _mixed_blocks(
+    keys: np.ndarray, place: np.ndarray, mixed: np.ndarray, counted: _Counted
+) -> tuple[float, np.ndarray]:
+    """What tie blocks change: expectation minus what irrelevant-first gave, of the summed precisions and hits [K].
+
+    `mixed`: the last irrelevant item of each block that holds both kinds.
+    """
+    split = mixed + 1
+    low, high = np.searchsorted(keys, keys[mixed]), np.searchsorted(keys, keys[split], "right")
+    t, r, before = high - low, high - split, np.searchsorted(place, low)
+    worst = r + (before - split) * (counted.harmonic[split + r] - counted.harmonic[split])
+    expected = _expected_sum(low, before, t, r, counted.harmonic)
+    inside = np.clip(counted.ks[None, :] - low[:, None], 0, t[:, None])
+    hits = inside * (r / t)[:, None] - np.clip(inside - (t - r)[:, None], 0, None)
+    return float(np.sum(expected - worst)), hits.sum(axis=0)
+
+
+def _rank_repetitive(score: np.ndarray, pool: Pool, label: int, out: np.ndarray, counted: _Counted) -> Found:
+    """One query over a pool of few distinct vectors: sorts these, and counts the items behind them."""
     counts, hits = pool.counts.copy(), pool.class_counts(label).copy()
     np.subtract.at(counts, pool.vector_of[out], 1)
     np.subtract.at(hits, pool.vector_of[out[pool.labels[out] == label]], 1)
-    key.sort()
-    order, score = key & _LOW, key >> 32
-    starts = np.concatenate([[0], np.flatnonzero(score[1:] != score[:-1]) + 1])
+    keys = _falling(score)
+    order = np.argsort(keys, kind="stable")
+    starts = np.concatenate([[0], np.flatnonzero(np.diff(keys[order])) + 1])
     size, relevant = np.add.reduceat(counts[order], starts), np.add.reduceat(hits[order], starts)
+    before, relevant_before = np.cumsum(size) - size, np.cumsum(relevant) - relevant
     live = np.flatnonzero(relevant)
-    size, relevant, before, relevant_before = size[live], relevant[live], np.cumsum(size), np.cumsum(relevant)
-    return before[live] - size, relevant_before[live] - relevant, size, relevant
+    if not len(live):
+        return NOTHING
+    n0, r0, t, r = before[live], relevant_before[live], size[live], relevant[live]
+    ap = float(np.sum(_expected_sum(n0, r0, t, r, counted.harmonic)))
+    inside = np.clip(counted.ks[None, :] - n0[:, None], 0, t[:, None])
+    found = (inside * (r / t)[:, None]).sum(axis=0) / np.minimum(counted.ks, size.sum())
+    return int(r.sum()), ap / r.sum(), found
 
 
-def _expected_ap(n0: np.ndarray, r0: np.ndarray, t: np.ndarray, r: np.ndarray, harmonic: np.ndarray) -> float:
-    """Expected sum of the precisions at the relevant items of all blocks."""
+def _expected_sum(n0: np.ndarray, r0: np.ndarray, t: np.ndarray, r: np.ndarray, harmonic: np.ndarray) -> np.ndarray:
+    """Expected sum of precisions at the relevant items of tie blocks: items before, relevant before, size, relevant."""
     inverse = harmonic[n0 + t] - harmonic[n0]
     slope = np.divide(r - 1, t - 1, out=np.zeros(len(t)), where=t > 1)
-    return float(np.sum(r / t * ((r0 + 1) * inverse + slope * (t - (n0 + 1) * inverse))))
-
-
-def _expected_precision(
-    n0: np.ndarray, r0: np.ndarray, t: np.ndarray, r: np.ndarray, ks: tuple[int, ...], size: int
-) -> list[float]:
-    """Expected share of relevant items among the first K (or the whole pool, where it is smaller)."""
-    head = int(np.searchsorted(n0, max(ks)))
-    n0, t, r = n0[:head], t[:head], r[:head]
-    return [float(np.sum(r * np.clip((k - n0) / t, 0.0, 1.0)) / min(k, size)) for k in ks]
+    return r / t * ((r0 + 1) * inverse + slope * (t - (n0 + 1) * inverse))

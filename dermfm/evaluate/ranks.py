@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from dermfm.config import InputError
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -57,6 +58,13 @@ def together(ranks: Ranks, work: Callable[[], T]) -> T:
     if messages:
         raise InputError(messages[0])
     return result  # type: ignore[return-value]
+
+
+def spread(ranks: Ranks, items: Sequence[S], work: Callable[[S], list[T]]) -> list[T]:
+    """The lists that `work` makes of `items`, joined in order on every rank; item i is done by rank i mod world."""
+    parts = ranks.gather([work(item) for item in items[ranks.rank :: ranks.world]])
+    made = [parts[i % ranks.world][i // ranks.world] for i in range(len(items))]
+    return [row for part in made for row in part]
 
 
 def on_first(ranks: Ranks, work: Callable[[], None]) -> None:

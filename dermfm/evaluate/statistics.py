@@ -107,21 +107,34 @@ def median_draws(values: np.ndarray, rows: np.ndarray, draws: Draws) -> np.ndarr
 def auroc_draws(scores: np.ndarray, labels: np.ndarray, rows: np.ndarray, draws: Draws) -> np.ndarray:
     """Resampled one-versus-rest AUROC [resamples], mean over the classes with both sides drawn; scores [n, C]."""
     total, defined = np.zeros(len(draws.weights)), np.zeros(len(draws.weights))
-    groups = draws.group_of[rows]
     for c in np.unique(labels):
-        order = np.argsort(scores[:, c], kind="stable")
-        ranked, hit = scores[order, c], labels[order] == c
-        starts = np.concatenate([[0], np.flatnonzero(np.diff(ranked)) + 1])
-        for start in range(0, len(total), BLOCK):
-            weight = draws.weights[start : start + BLOCK][:, groups[order]].astype(float)
-            positive = np.add.reduceat(weight * hit, starts, axis=1)
-            negative = np.add.reduceat(weight * ~hit, starts, axis=1)
-            below = np.cumsum(negative, axis=1) - negative / 2
-            area = _ratio((positive * below).sum(axis=1), positive.sum(axis=1) * negative.sum(axis=1))
-            good = np.isfinite(area)
-            total[start : start + BLOCK] += np.where(good, area, 0.0)
-            defined[start : start + BLOCK] += good
+        hit = labels == c
+        area = _area_draws(scores[hit, c], scores[~hit, c], rows[hit], rows[~hit], draws)
+        good = np.isfinite(area)
+        total += np.where(good, area, 0.0)
+        defined += good
     return _ratio(total, defined)
+
+
+def _area_draws(
+    positive: np.ndarray, negative: np.ndarray, positive_rows: np.ndarray, negative_rows: np.ndarray, draws: Draws
+) -> np.ndarray:
+    """Resampled areas [resamples]: the weight of (positive, lower negative) pairs, ties half; NaN for one side only."""
+    order = np.argsort(negative, kind="stable")
+    ranked = negative[order]
+    lower, upper = np.searchsorted(ranked, positive, "left"), np.searchsorted(ranked, positive, "right")
+    groups_p, groups_n = draws.group_of[positive_rows], draws.group_of[negative_rows][order]
+    out = np.full(len(draws.weights), np.nan)
+    below = np.zeros((BLOCK, len(ranked) + 1))
+    for start in range(0, len(out), BLOCK):
+        weights = draws.weights[start : start + BLOCK]
+        drawn, count = weights[:, groups_p].astype(float), len(weights)
+        np.cumsum(weights[:, groups_n], axis=1, out=below[:count, 1:])
+        pairs = np.einsum("ij,ij->i", drawn, below[:count, lower])
+        if (upper > lower).any():
+            pairs = (pairs + np.einsum("ij,ij->i", drawn, below[:count, upper])) / 2
+        out[start : start + BLOCK] = _ratio(pairs, drawn.sum(axis=1) * below[:count, -1])
+    return out
 
 
 def _ratio(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:

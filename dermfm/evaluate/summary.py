@@ -47,9 +47,10 @@ def print_summary(path: Path) -> None:
 
 def shown_strategy(content: dict[str, Any]) -> str | None:
     """The strategy whose notes the table shows: one that the run trained on, where there is one."""
-    evaluated = [note["strategy"] for note in content["protocol"]["notes"]]
     trained = next((r["train_strategy"] for r in content["results"] if r["train_strategy"]), "").split("+")
-    return next((s for s in evaluated if s in trained), evaluated[0] if evaluated else None)
+    notes = content["protocol"]["notes"]
+    best = max(notes, key=lambda note: (note["strategy"] in trained, note["num_notes"]), default=None)
+    return best["strategy"] if best else None
 
 
 def _find(rows: list[dict[str, Any]], kind: str, scope: str, task: str, metric: str) -> float | None:

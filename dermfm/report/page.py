@@ -118,9 +118,10 @@ def is_atlas(protocol: dict[str, Any]) -> bool:
 
 
 def shown_texts(run: Run) -> int | None:
-    """The text set of the galleries: the one with the most distinct notes."""
-    texts = run.evaluation.texts
-    return max(range(len(texts)), key=lambda i: len(set(texts[i].texts))) if texts else None
+    """The text set of the galleries: the one of the most distinct notes among those of at least half of the records."""
+    texts, half = run.evaluation.texts, len(run.evaluation.records) / 2
+    shown = [(len(one.rows) >= half, len(set(one.texts)), i) for i, one in enumerate(texts)]
+    return max(shown)[2] if shown else None
 
 
 @dataclass(frozen=True)

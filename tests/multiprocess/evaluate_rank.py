@@ -1,6 +1,6 @@
 """A process of the evaluation test: one rank of a job whose model is built from a seed.
 
-Arguments: the run directory, the output folder, tasks separated by commas. Ranks come from the environment.
+Arguments: the run directory, the output folder, the folder of shards. Ranks come from the environment.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The evaluation gives the same bits on 1, 2 and 4 ranks, and one rank's bad input ends them all at once."""
+"""The evaluation gives the same bits on 1, 2 and 4 ranks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -78,16 +77,3 @@ def test_any_number_of_ranks_gives_the_same_metrics_and_embeddings(
     for name in ("image", "text", "prompt"):
         np.testing.assert_array_equal(ours[name], theirs[name])
     assert (tmp_path / "predictions.parquet").read_bytes() == (alone / "predictions.parquet").read_bytes()
-
-
-def test_too_many_unreadable_images_on_one_rank_end_every_rank_with_the_reason(
-    make: ModuleType, root: Path, run: SimpleNamespace, tmp_path: Path
-) -> None:
-    rng = np.random.default_rng(0)
-    shards = make.build_shards(tmp_path / "damaged", run.records, rng, damaged=60)
-    (Path(shards) / "test-00001.tar").write_bytes(b"")
-    began = time.monotonic()
-    results = evaluate_on(2, root, run, tmp_path / "out", shards)
-    assert all(code != 0 and "test-00001" in errors for code, errors in results)
-    assert time.monotonic() - began < 120
-    assert not (tmp_path / "out" / "metrics.json").exists()

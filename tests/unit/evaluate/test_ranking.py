@@ -88,9 +88,25 @@ def test_ties_among_distinct_vectors_and_among_equal_ones_count_alike() -> None:
     asked = rng.integers(0, 3, 40), rng.integers(0, 30, 40)
     a = rank_classes(queries, *asked, Pool(repeated, labels, groups), KS)
     b = rank_classes(queries, *asked, Pool(distinct, labels, groups), KS)
-    assert len(Pool(repeated, labels, groups).vectors) < 60 == len(Pool(distinct, labels, groups).vectors)
+    assert Pool(repeated, labels, groups).is_repetitive
+    assert not Pool(distinct, labels, groups).is_repetitive
     np.testing.assert_allclose(a.ap, b.ap, atol=1e-12)
     np.testing.assert_allclose(a.precision, b.precision, atol=1e-12)
+
+
+def test_a_few_equal_notes_among_many_are_ties() -> None:
+    rng = np.random.default_rng(6)
+    queries, some, labels, groups = coarse(rng, 30, 8), coarse(rng, 40, 8), rng.integers(0, 2, 50), np.arange(50)
+    pool = np.concatenate([some, some[:10]])
+    found = rank_classes(queries, labels[:30], groups[:30], Pool(pool, labels, groups), (5,))
+    assert not Pool(pool, labels, groups).is_repetitive
+    for q in range(30):
+        others = groups != q
+        scores, truth = (pool @ queries[q])[others], (labels == labels[q])[others]
+        fifth = np.sort(scores)[-5]
+        above, tied = scores > fifth, scores == fifth
+        expected = truth[above].sum() + (5 - above.sum()) * truth[tied].mean()
+        assert found.precision[q, 0] == pytest.approx(expected / 5)
 
 
 @pytest.mark.parametrize("group_targets", [False, True])
@@ -140,20 +156,23 @@ def test_chance_levels_are_those_of_random_orders() -> None:
     assert ranking.mid_rank(ranks)[0] == pytest.approx(25.5)
 
 
-def test_chance_on_the_reference_label_counts_is_the_published_one() -> None:
-    """A pool of one class holding a share s of it gives precision s by chance."""
-    labels = np.repeat([0, 1], [30, 70])
-    share = np.mean([(labels == c).mean() for c in labels])
-    rng = np.random.default_rng(0)
-    found = rank_classes(
-        np.zeros((100, 2), np.float32),
-        labels,
-        np.arange(100),
-        Pool(np.zeros((100, 2)), labels, np.arange(100) + 1000),
-        (5,),
-    )
-    assert found.precision.mean() == pytest.approx(share)
-    assert rng is not None
+def test_scores_of_any_size_keep_their_order_exactly() -> None:
+    """Vectors that are not of unit length are scaled by a power of two, which moves no bit."""
+    rng = np.random.default_rng(5)
+    vectors, labels, groups = coarse(rng, 90, 5, 40), rng.integers(0, 3, 90), np.arange(90)
+    large = rank_classes(vectors, labels, groups, Pool(vectors, labels, groups), KS)
+    scaled = vectors / np.float32(2**14)
+    small = rank_classes(scaled, labels, groups, Pool(scaled, labels, groups), KS)
+    assert np.abs(vectors @ vectors.T).max() > 2
+    np.testing.assert_array_equal(large.ap, small.ap)
+    np.testing.assert_array_equal(large.precision, small.precision)
+
+
+def test_equal_scores_of_both_signs_and_zeros_are_ties() -> None:
+    scores = np.array([0.0, -0.0, 0.5, -0.5, 0.5, 1.0, -1.0, 1e-30], np.float32)
+    keys = ranking._falling(scores).astype(np.int64)
+    np.testing.assert_array_equal(np.sign(np.subtract.outer(keys, keys)), -np.sign(np.subtract.outer(scores, scores)))
+    assert not (keys & 1).any()
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
