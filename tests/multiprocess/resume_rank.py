@@ -3,7 +3,7 @@
 Arguments: a JSON file {out, jobs: [job, …]}. A job is {config} with optional `copy_from` (a run folder that is copied
 to the job's own before it starts), `damage` (a file of the run that is cut short then), `stop` ([rank, step]: that rank
 alone gets SIGTERM in that step), `fail` ([rank, step]: that rank alone raises) and `frozen` (a copy of the run folder,
-made after the job). The first rank writes each job's exit code to `out`.
+made after the job). The first rank writes the exit codes of the jobs so far to `out`.
 """
 
 from __future__ import annotations
@@ -84,9 +84,11 @@ def main() -> None:
     torch.set_num_threads(1)
     start_group(process)
     try:
-        codes = [run_job(job, process) for job in plan["jobs"]]
-        if process.is_first:
-            Path(plan["out"]).write_text(json.dumps(codes))
+        codes = []
+        for job in plan["jobs"]:
+            codes.append(run_job(job, process))
+            if process.is_first:
+                Path(plan["out"]).write_text(json.dumps(codes))
     finally:
         close_group()
 

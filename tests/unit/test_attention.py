@@ -1,4 +1,4 @@
-"""The kernels agree with each other and with a loop written from the definition."""
+"""The kernels agree with each other and with a loop written from the definition; fusion is blind to padding."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from dermfm.model.attention import attention, attention_with_weights, choose_kernel
+from dermfm.model.dermfm import masked_mean
+from dermfm.model.fusion import Fusion, FusionConfig
 
 KERNELS = ("sdpa", "reference")
 HEADS, WIDTH = 2, 8
@@ -148,3 +150,27 @@ def test_an_unknown_kernel_is_an_error_that_lists_the_valid_ones():
 def test_flash_where_it_cannot_run_is_an_error_that_says_what_it_needs(device, dtype):
     with pytest.raises(ValueError, match=r"'flash' needs a CUDA device, fp16 or bf16 .* use 'auto' or 'sdpa'"):
         choose_kernel("flash", device, dtype)
+
+
+def test_fused_notes_do_not_depend_on_padding_or_on_the_rest_of_the_batch():
+    torch.manual_seed(0)
+    fusion = Fusion(FusionConfig(depth=2, width=16, heads=2), image_width=12, text_width=8).eval()
+    image, text, lengths = torch.randn(3, 5, 12), torch.randn(3, 6, 8), torch.tensor([6, 2, 4])
+    fused, maps = fusion(image, text, lengths, return_weights=True)
+    for b, length in enumerate(lengths.tolist()):
+        alone, own = fusion(image[b : b + 1], text[b : b + 1, :length], lengths[b : b + 1], return_weights=True)
+        torch.testing.assert_close(fused[b, :length], alone[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(maps[b, :, :length], own[0], rtol=1e-4, atol=1e-5)
+    assert maps.shape == (3, 2, 6, 5)
+    torch.testing.assert_close(maps[0].sum(-1), torch.ones(2, 6))
+    without, nothing = fusion(image, text, lengths)
+    assert nothing is None
+    torch.testing.assert_close(without[0], fused[0], rtol=1e-4, atol=1e-5)
+
+
+def test_masked_mean_is_the_mean_of_the_valid_tokens():
+    tokens = torch.randn(3, 4, 2)
+    found = masked_mean(tokens, torch.tensor([4, 1, 0]))
+    torch.testing.assert_close(found[0], tokens[0].mean(0))
+    torch.testing.assert_close(found[1], tokens[1, 0])
+    assert found[2].tolist() == [0, 0]

@@ -108,9 +108,7 @@ def test_the_rows_of_several_ranks_sum_to_the_whole(form):
     image, text, scale = features(4)
     loss = losses.CONTRASTIVE[form]
     whole = loss(image, text, image, text, scale, uneven_pairs())
-    parts = [
-        loss(image[k : k + 2], text[k : k + 2], image, text, scale, uneven_pairs(k, 2)) for k in range(0, SIZE, 2)
-    ]
+    parts = [loss(image[k : k + 2], text[k : k + 2], image, text, scale, uneven_pairs(k, 2)) for k in range(0, SIZE, 2)]
     torch.testing.assert_close(sum(parts), whole)
 
 

@@ -255,3 +255,21 @@ def test_shards_of_another_evaluation_are_refused(run: SimpleNamespace, tmp_path
     other = make.build_shards(tmp_path / "other", make.make_records(rng), rng)
     with pytest.raises(InputError, match="fingerprint"):
         write_report(ReportConfig(run=str(run.run), shards=other))
+
+
+def test_a_page_about_a_part_of_the_tasks_shows_that_part(run: SimpleNamespace, tmp_path: Path) -> None:
+    """No probe, no notes in the shards, no log: the page has no such sections, and says nothing about them."""
+    make = fixtures()
+    (tmp_path / "bare").mkdir()
+    rng = np.random.default_rng(4)
+    records = [{**record, "notes": []} for record in make.make_records(rng) if record["dataset"] == "Ours"]
+    shards = make.build_shards(tmp_path / "silent", records, rng)
+    with pytest.MonkeyPatch.context() as patch:
+        bare = make.build_run(tmp_path / "bare", run.model, run.model.config, patch).run
+        tasks = ["classify-image", "retrieval-i2i"]
+        evaluate(EvaluateConfig(run=str(bare), shards=shards, tasks=tasks, resamples=20, device="cpu"))
+    text = write_report(ReportConfig(run=str(bare), shards=shards)).read_text()
+    assert "Image → image" in text
+    assert "both an internal and an external part" in text
+    for missing in ("Retrieval gallery", "model − probe", "Cross-attention", "What the notes saw", 'id="training"'):
+        assert missing not in text

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from dermfm.config import InputError
-from dermfm.model.dermfm import DermFM, ModelConfig, masked_mean
-from dermfm.model.fusion import Fusion, FusionConfig
+from dermfm.model.dermfm import DermFM, ModelConfig
+from dermfm.model.fusion import FusionConfig
 from dermfm.model.image import ImageConfig, ImageTower
 from dermfm.model.text import NoteStates, TextConfig, TextTower, load_tokenizer
 from dermfm.model.weights import fit_by_position, load_weights
@@ -56,9 +56,6 @@ def tokens_of(encoder: Path, notes: Sequence[str] = NOTES) -> tuple[Tensor, Tens
 def image_tower(name: str = CNN, **values: object) -> ImageTower:
     torch.manual_seed(0)
     return ImageTower(ImageConfig(name=name, **{"size": 32, **values}))
-
-
-# ---- image tower
 
 
 @pytest.mark.parametrize(("name", "size", "grid"), [(CNN, 64, (2, 2)), (VIT, 64, (4, 4)), (VIT, 32, (2, 2))])
@@ -146,9 +143,6 @@ def test_image_settings_that_cannot_work_are_named(values, part):
         ImageConfig(**values)
 
 
-# ---- weights
-
-
 def test_a_weights_file_is_read_by_name(tmp_path):
     source = image_tower().body
     torch.save({"state_dict": {f"module.{n}": t for n, t in source.state_dict().items()}}, tmp_path / "w.pth")
@@ -202,23 +196,20 @@ def test_the_packaged_imagenet_weights_are_all_taken_and_give_sensible_features(
     folder = Path(importlib.util.find_spec(EFFICIENTNET).submodule_search_locations[0])
     (path,) = (p for p in folder.rglob("*") if p.suffix in (".pth", ".pt", ".bin", ".safetensors"))
     given = [t for n, t in torch.load(path, map_location="cpu", weights_only=True).items() if "num_batches" not in n]
-    tower = ImageTower(ImageConfig(name="tf_efficientnet_lite0", weights=f"package:{EFFICIENTNET}", size=96)).eval()
+    tower = ImageTower(ImageConfig(name="tf_efficientnet_lite0", size=64)).eval()
+    stripes = torch.zeros(3, 64, 64, dtype=torch.uint8)
+    stripes[:, ::8] = 255
+    with torch.no_grad():
+        random = tower.pooled(stripes[None])
+        load_weights(tower.body, f"package:{EFFICIENTNET}", "image.weights")
+        features = tower.pooled(torch.stack([stripes, stripes.transpose(1, 2)]))
     own = [t for n, t in tower.body.state_dict().items() if "num_batches" not in n]
     assert [tuple(t.shape) for t in given[len(own) :]] == [(1000, 1280), (1000,)]  # the classifier
     assert all(torch.equal(a, b) for a, b in zip(own, given, strict=False))
-    stripes = torch.zeros(3, 96, 96, dtype=torch.uint8)
-    stripes[:, ::8] = 255
-    grey = torch.full((3, 96, 96), 127, dtype=torch.uint8)
-    with torch.no_grad():
-        features = tower.pooled(torch.stack([stripes, stripes.transpose(1, 2), grey]))
-        random = ImageTower(ImageConfig(name="tf_efficientnet_lite0", size=96)).eval().pooled(stripes[None])
     assert torch.isfinite(features).all()
     assert 0.05 < features.std() < 10  # activations of trained batch norms, neither dead nor exploded
     assert (features[0] - features[1]).norm() > 0.1 * features[0].norm()  # the direction of an edge matters
     assert torch.cosine_similarity(features[:1], random).item() < 0.9
-
-
-# ---- text tower
 
 
 def test_training_mode_of_the_text_tower_has_no_dropout_anywhere(encoder):
@@ -347,33 +338,6 @@ def test_long_notes_are_cut_and_all_are_padded_behind(encoder):
     red, cls, sep = (tokenizer.convert_tokens_to_ids(t) for t in ("red", "[CLS]", "[SEP]"))
     assert tokens[0].tolist() == [cls, *[red] * 6, sep]
     assert tokens[1].tolist() == [cls, red, sep, 0, 0, 0, 0, 0]
-
-
-# ---- fusion and the whole model
-
-
-def test_fused_notes_do_not_depend_on_padding_or_on_the_rest_of_the_batch():
-    torch.manual_seed(0)
-    fusion = Fusion(FusionConfig(depth=2, width=16, heads=2), image_width=12, text_width=8).eval()
-    image, text, lengths = torch.randn(3, 5, 12), torch.randn(3, 6, 8), torch.tensor([6, 2, 4])
-    fused, maps = fusion(image, text, lengths, return_weights=True)
-    for b, length in enumerate(lengths.tolist()):
-        alone, own = fusion(image[b : b + 1], text[b : b + 1, :length], lengths[b : b + 1], return_weights=True)
-        torch.testing.assert_close(fused[b, :length], alone[0], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(maps[b, :, :length], own[0], rtol=1e-4, atol=1e-5)
-    assert maps.shape == (3, 2, 6, 5)
-    torch.testing.assert_close(maps[0].sum(-1), torch.ones(2, 6))
-    without, nothing = fusion(image, text, lengths)
-    assert nothing is None
-    torch.testing.assert_close(without[0], fused[0], rtol=1e-4, atol=1e-5)
-
-
-def test_masked_mean_is_the_mean_of_the_valid_tokens():
-    tokens = torch.randn(3, 4, 2)
-    found = masked_mean(tokens, torch.tensor([4, 1, 0]))
-    torch.testing.assert_close(found[0], tokens[0].mean(0))
-    torch.testing.assert_close(found[1], tokens[1, 0])
-    assert found[2].tolist() == [0, 0]
 
 
 @pytest.fixture(scope="module")
