@@ -31,8 +31,26 @@ class Process:
 
 
 def is_launched() -> bool:
-    """Whether a launcher (torchrun, srun with several tasks, our own) has set this process's rank."""
-    return "RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) > 1
+    """Whether a launcher (torchrun, srun with several tasks, our own) has set this process's rank.
+
+    Batch scripts and salloc shells have SLURM_NTASKS too, but only srun's tasks have SLURM_STEP_NUM_TASKS.
+    """
+    return "RANK" in os.environ or _number("SLURM_STEP_NUM_TASKS", 1) > 1
+
+
+def default_ranks(ranks: int, device: str) -> int:
+    """How many processes to start on this machine: `ranks`, or where it is 0 one a CUDA device, or one."""
+    if ranks or device == "cpu":
+        return max(ranks, 1)
+    import torch
+
+    return max(torch.cuda.device_count(), 1)
+
+
+def default_threads(threads: int, local_world: int) -> int:
+    """CPU threads of a process: `threads`, or where it is 0 OMP_NUM_THREADS, or its share of the cores it may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return threads or _number("OMP_NUM_THREADS", max(cores // local_world, 1))
 
 
 def from_environment(device: str = "auto") -> Process:
@@ -43,13 +61,13 @@ def from_environment(device: str = "auto") -> Process:
     env = os.environ
     if "RANK" in env:
         rank, world = _number("RANK"), _number("WORLD_SIZE")
-        local_rank, local_world = int(env.get("LOCAL_RANK", "0")), int(env.get("LOCAL_WORLD_SIZE", "1"))
-    elif int(env.get("SLURM_NTASKS", "1")) > 1:
-        rank, world = _number("SLURM_PROCID"), _number("SLURM_NTASKS")
-        local_rank = int(env.get("SLURM_LOCALID", "0"))
-        local_world = int(env.get("SLURM_NTASKS_PER_NODE", "1"))
+        local_rank, local_world = _number("LOCAL_RANK", 0), _number("LOCAL_WORLD_SIZE", 1)
+    elif is_launched():
+        rank, world = _number("SLURM_PROCID"), _number("SLURM_STEP_NUM_TASKS")
+        local_rank = _number("SLURM_LOCALID", 0)
+        local_world = _number("SLURM_NTASKS_PER_NODE", max(world // _number("SLURM_STEP_NUM_NODES", 1), 1))
         env.setdefault("MASTER_ADDR", _first_host(env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", ""))))
-        env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000))
+        env.setdefault("MASTER_PORT", str(20000 + _number("SLURM_JOB_ID", 0) % 20000))
     else:
         rank, world, local_rank, local_world = 0, 1, 0, 1
     if world > 1:
@@ -96,7 +114,9 @@ def close_group() -> None:
         dist.destroy_process_group()
 
 
-def _number(name: str) -> int:
+def _number(name: str, default: int | None = None) -> int:
+    if default is not None and name not in os.environ:
+        return default
     try:
         return int(os.environ[name])
     except (KeyError, ValueError) as error:

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from dermfm import zero
 from dermfm.config import InputError, from_dict, nearest, read_yaml
 from dermfm.model.dermfm import DermFM, ModelConfig
-from shards.manifest import file_sha256
+from shards.manifest import file_sha256, write_text
 
 LATEST, COMPLETE, STATE = "latest", "COMPLETE", "state.json"
 UNIVERSAL, ASIDE = ".universal", ".aside"
@@ -81,20 +81,13 @@ def describe_file(path: Path, root: Path) -> dict[str, Any]:
 def _commit(partial: Path, final: Path, state: State) -> None:
     ranks = sum("optim_states" in f["name"] or "model_states" in f["name"] for f in state.files)
     assert ranks >= state.world, f"{ranks} state files of {state.world} ranks"
-    (partial / STATE).write_text(json.dumps(asdict(state), indent=1))
-    (partial / COMPLETE).touch()
+    write_text(partial / STATE, json.dumps(asdict(state), indent=1))
+    write_text(partial / COMPLETE, "")
     for older in (final, final.with_name(final.name + UNIVERSAL)):
         if older.exists():
             shutil.rmtree(older)
     partial.replace(final)
-    write_atomically(final.parent / LATEST, final.name + "\n")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a small text file in one step."""
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(text)
-    partial.replace(path)
+    write_text(final.parent / LATEST, final.name + "\n")
 
 
 def prune(folder: Path, keep_last: int, keep_every: int) -> None:

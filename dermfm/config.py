@@ -55,7 +55,9 @@ def check_choice(name: str, value: str, valid: Iterable[str]) -> None:
     """Raise a ValueError unless `value` is among `valid`; for use in `__post_init__`."""
     valid = list(valid)
     if value not in valid:
-        raise ValueError(f"{name}: '{value}' is not valid; {nearest(value, valid)} (one of {', '.join(valid)})")
+        hint = nearest(value, valid)
+        choices = f" (one of {', '.join(valid)})" if hint.startswith("did") else ""
+        raise ValueError(f"{name}: '{value}' is not valid; {hint}{choices}")
 
 
 def check_range(name: str, value: float, low: float, high: float = float("inf")) -> None:

@@ -15,6 +15,8 @@ TOWER_PREFIXES = ("image.", "text.")
 
 @dataclass(kw_only=True)
 class OptimizerConfig:
+    """AdamW and the schedule of its rates."""
+
     lr: float = key(1e-3, "peak learning rate of projections, fusion and heads")
     image_lr: float = key(3e-4, "peak learning rate of the image tower")
     text_lr: float = key(1e-4, "peak learning rate of the text tower")

@@ -75,9 +75,12 @@ def read_done(out: Path, name: str, images: str) -> Packed | None:
     path = out / DONE / f"{name}.json"
     if not path.is_file():
         return None
-    values = json.loads(path.read_text(encoding="utf-8"))
-    info = ShardInfo(**values["info"]) if values["info"] else None
-    packed = Packed(values["images"], info, values["record_ids"], values["skipped"])
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        info = ShardInfo(**values["info"]) if values["info"] else None
+        packed = Packed(values["images"], info, values["record_ids"], values["skipped"])
+    except (ValueError, KeyError, TypeError):
+        return None  # damaged: the shard counts as not packed
     tar = out / name
     whole = info is None or (tar.is_file() and index_path(tar).is_file() and tar.stat().st_size == info.num_bytes)
     return packed if whole and packed.images == images else None

@@ -10,15 +10,19 @@ from dermfm.evaluate.job import EvaluateConfig
 from dermfm.notes.plan import NotesConfig
 from dermfm.pack_plan import ShardsConfig
 from dermfm.plan import TrainConfig
-from dermfm.records.build import RecordsConfig
+from dermfm.records.build import RecordsConfig, build_records
 from dermfm.report.page import ReportConfig
+from dermfm.run import take_lock
 
 JOBS = ("records", "notes", "shards", "train", "evaluate", "report")
+DATA_JOBS = ("records", "notes", "shards")
 CHAIN = "pipeline.yaml"
 
 
 @dataclass(kw_only=True)
 class PipelineConfig:
+    """A chain of jobs."""
+
     out: str = key("runs/demo", "folder of everything that the chain makes")
     data: str | None = key(REQUIRED, "folder of real images with metadata.csv; null where the config reads none")
     records: RecordsConfig = key(RecordsConfig, "the job records")
@@ -30,12 +34,16 @@ class PipelineConfig:
 
 
 def set_aside(config: PipelineConfig) -> Path | None:
-    """Move a finished or begun chain of other records out of the way; where it went, or None.
+    """Move a chain made of other records, notes or shards out of the way; where it went, or None.
 
-    Whoever runs the demo on other data gets a fresh folder, and nothing of the old one is lost.
+    Whoever runs the demo on other data gets a fresh folder, and nothing of the old one is lost. Raises InputError where
+    the new records cannot be read (then nothing moves) or where the old chain is still running.
     """
     out = Path(config.out)
-    if not (out / CHAIN).is_file() or read_yaml(out / CHAIN)["records"] == to_dict(config.records):
+    new = to_dict(config)
+    if not (out / CHAIN).is_file() or all(read_yaml(out / CHAIN).get(job) == new[job] for job in DATA_JOBS):
         return None
+    build_records(config.records, dry_run=True)
+    take_lock(out).close()
     taken = next(n for n in range(1, 10_000) if not out.with_name(f"{out.name}-{n}").exists())
     return out.rename(out.with_name(f"{out.name}-{taken}"))

@@ -8,6 +8,9 @@ from pathlib import Path
 
 from dermfm.config import REQUIRED, InputError, check_choice, check_range, key
 from dermfm.model.dermfm import ModelConfig
+from dermfm.model.image import check_name
+from dermfm.model.text import encoder_folder
+from dermfm.model.weights import weights_file
 from dermfm.optimizer import OptimizerConfig
 from dermfm.samples import AugmentConfig, check_strategies
 from dermfm.step import ObjectiveConfig
@@ -17,6 +20,8 @@ from shards.manifest import Manifest
 
 @dataclass(kw_only=True)
 class TrainConfig:
+    """What a pretraining run is made of."""
+
     run: str = key(REQUIRED, "run directory")
     shards: str = key(REQUIRED, "folder of WebDataset shards with manifest.json")
     split: str = key("train", "split of the shards to train on")
@@ -52,7 +57,11 @@ class TrainConfig:
         check_range("balance", self.balance, 0, 1)
         check_range("keep_last", self.keep_last, 2)
         check_range("log_every", self.log_every, 1)
-        check_range("ranks", self.ranks, 0)
+        for name in ("ranks", "seed", "checkpoint_every", "keep_every", "num_workers", "threads"):
+            check_range(name, getattr(self, name), 0)
+        check_range("window", self.window, 1)
+        check_range("num_lanes", 1 if self.num_lanes is None else self.num_lanes, 1)
+        check_range("max_bad_fraction", self.max_bad_fraction, 0, 1)
         if self.model.text.cache_mb and self.zero.stage == 3:
             raise ValueError(
                 "model.text.cache_mb: a rank that skips a forward pass would stall ZeRO stage 3; set it to 0"
@@ -95,6 +104,7 @@ def describe(config: TrainConfig, world: int) -> str:
     """What `--dry-run` prints: counts, steps, batch arithmetic; nothing is built."""
     manifest = Manifest.load(config.shards)
     check_notes(config, manifest)
+    check_sources(config.model)
     p = plan(config, manifest, world)
     shape = f"{world} ranks × {p.num_micro} micro-batches × {p.micro_batch}"
     return (
@@ -111,3 +121,11 @@ def check_notes(config: TrainConfig, manifest: Manifest) -> None:
     """InputError where the shards lack a note strategy that the run draws."""
     if config.objectives.uses_text:
         check_strategies(config.strategies, manifest.about.get("strategies", {}))
+
+
+def check_sources(config: ModelConfig) -> None:
+    """InputError where a tower's name is unknown or its local weights are not there; nothing is loaded."""
+    check_name(config.image.name)
+    if config.image.weights and config.image.weights != "timm":
+        weights_file(config.image.weights, "image.weights")
+    encoder_folder(config.text.name)

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import fcntl
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 from typing import IO, Any
 
 from dermfm.config import InputError, to_yaml
+from shards.manifest import write_text
 
 
 def record(run: Path, config: Any) -> None:
     """Write config.yaml, command.txt and code.txt (commit and diff, where the code is a git checkout)."""
     run.mkdir(parents=True, exist_ok=True)
-    (run / "config.yaml").write_text(to_yaml(config))
+    write_text(run / "config.yaml", to_yaml(config))
     with (run / "command.txt").open("a") as file:
-        file.write(" ".join(sys.argv) + "\n")
-    (run / "code.txt").write_text(code_version())
+        file.write(shlex.join(["dermfm", *sys.argv[1:]]) + "\n")
+    write_text(run / "code.txt", code_version())
 
 
 def code_version() -> str:
@@ -31,16 +33,16 @@ def code_version() -> str:
     return head.stdout + diff.stdout
 
 
-def take_lock(run: Path) -> IO[str]:
-    """Hold the run directory until the returned file is closed; InputError if a living process holds it."""
-    run.mkdir(parents=True, exist_ok=True)
-    file = (run / "lock").open("w")
+def take_lock(folder: Path) -> IO[str]:
+    """Hold a job's output folder until the returned file is closed; InputError if a living process holds it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / "lock").open("w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         file.close()
         raise InputError(
-            f"{run}: another process trains in this run directory; wait for it, stop it, or give another run="
+            f"{folder}: another process works in this folder; wait for it, stop it, or give another one"
         ) from error
     return file
 

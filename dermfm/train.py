@@ -28,13 +28,13 @@ from shards.manifest import Manifest
 from shards.order import SampleOrder
 from shards.reader import ShardReader
 
-DONE, FAILED, RESUMABLE = 0, 1, 75
+DONE, RESUMABLE = 0, 75
 NO_SHAPE = ("model.text.cache_mb", "model.fusion.kernel")  # how the model computes, not what it is
 _log = logging.getLogger(__name__)
 
 
-def train(config: TrainConfig, process: Process, source: checkpoint.Source | None) -> int:
-    """Run until done (0) or stopped with a checkpoint (75), from `source` if given. Called by every rank."""
+def train(config: TrainConfig, process: Process, source: checkpoint.Source | None, stop: StopFlag) -> int:
+    """Run until done (0) or stopped by `stop` with a checkpoint (75), from `source` if given. Called by every rank."""
     folder = Path(config.run)
     manifest = Manifest.load(config.shards)
     arithmetic = plan(config, manifest, process.world)
@@ -46,7 +46,7 @@ def train(config: TrainConfig, process: Process, source: checkpoint.Source | Non
         checkpoint.set_aside(folder / "ckpt", state.step)
     batches = _batches(config, engine.module, reader, order, state, arithmetic, process)
     log = metrics.MetricsLog(folder, state.step, process.is_first)
-    stop, speed = StopFlag().install(), metrics.Speed()
+    speed = metrics.Speed()
     try:
         for step in range(state.step + 1, arithmetic.total_steps + 1):
             asked = time.monotonic()
@@ -56,15 +56,16 @@ def train(config: TrainConfig, process: Process, source: checkpoint.Source | Non
             values = optimizer_step(engine, batch, arithmetic.micro_batch, config.objectives)
             _check_finite(values, step, batch)
             engine.step()
+            norm = _gradient_norm(engine, config, step, batch)
             state.step, state.samples_seen = step, state.samples_seen + config.contrastive_batch
             speed.add(config.contrastive_batch, waited)
             stopping, last = _agree(bool(stop)), step == arithmetic.total_steps
-            if step % config.log_every == 0 or last or step == 1:
-                values |= rates | speed.values() | _describe_state(engine, state, arithmetic)
+            saving = stopping or last or step % arithmetic.checkpoint_steps == 0
+            if step % config.log_every == 0 or saving or step == 1:
+                values |= rates | speed.values() | {"grad_norm": norm} | _progress(state, arithmetic)
+                if saving:
+                    values["checkpoint_s"] = _save(engine, folder / "ckpt", state, config, process)
                 _report(log, step, arithmetic, values, process)
-                speed.reset()
-            if stopping or last or step % arithmetic.checkpoint_steps == 0:
-                _save(engine, folder / "ckpt", state, config, process, log)
                 speed.reset()
             if stopping and not last:
                 name = stop.signal_name or "a peer"
@@ -218,34 +219,39 @@ def _check_finite(values: dict[str, float], step: int, batch: Batch) -> None:
         raise FloatingPointError(f"step {step}: {', '.join(bad)} is not finite; records of this rank: {shown}, …")
 
 
-def _describe_state(engine: Any, state: checkpoint.State, arithmetic: Plan) -> dict[str, float]:
+def _gradient_norm(engine: Any, config: TrainConfig, step: int, batch: Batch) -> float:
+    """Global norm before clipping, the same on every rank; NaN where DeepSpeed does not tell (stage 0 in fp32)."""
     norm = engine.get_global_grad_norm()
-    return {
-        "grad_norm": float(norm) if norm is not None else math.nan,  # stage 0 in fp32 does not tell
-        "samples_seen": float(state.samples_seen),
-        "epoch": state.samples_seen / arithmetic.num_samples,
-    }
+    if norm is None:
+        return math.nan
+    if config.zero.precision != "fp16":  # fp16 skips such a step and lowers its loss scale
+        _check_finite({"grad_norm": float(norm)}, step, batch)
+    return float(norm)
 
 
-def _save(
-    engine: Any, folder: Path, state: checkpoint.State, config: TrainConfig, process: Process, log: metrics.MetricsLog
-) -> None:
+def _progress(state: checkpoint.State, arithmetic: Plan) -> dict[str, float]:
+    return {"samples_seen": float(state.samples_seen), "epoch": state.samples_seen / arithmetic.num_samples}
+
+
+def _save(engine: Any, folder: Path, state: checkpoint.State, config: TrainConfig, process: Process) -> float:
+    """Write a checkpoint and prune; seconds it took. No rank goes on, or ends, before the first one has pruned."""
     began = time.monotonic()
     checkpoint.save(engine, folder, state)
     if process.is_first:
         checkpoint.prune(folder, config.keep_last, config.keep_every)
-        log.write(state.step, {"checkpoint_s": time.monotonic() - began})
+    dist.barrier()
+    return time.monotonic() - began
 
 
 def _report(log: metrics.MetricsLog, step: int, arithmetic: Plan, values: dict[str, float], process: Process) -> None:
     log.write(step, values)
     if process.is_first:
-        print(metrics.line(step, arithmetic.total_steps, values), flush=True)
+        _log.info(metrics.line(step, arithmetic.total_steps, values))
 
 
 def _say(process: Process, text: str, code: int) -> int:
     if process.is_first:
-        print(text, flush=True)
+        _log.info(text)
     return code
 
 

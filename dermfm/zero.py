@@ -22,6 +22,8 @@ UNIVERSAL_VERSION = 0.2  # of DeepSpeed's universal checkpoint; its converter as
 
 @dataclass(kw_only=True)
 class ZeroConfig:
+    """How DeepSpeed shards and computes."""
+
     stage: int = key(1, "ZeRO stage: 0 none, 1 optimizer states, 2 and gradients, 3 and parameters sharded over ranks")
     precision: str = key("fp32", "fp32, bf16 or fp16 (with dynamic loss scale)")
     gradient_clipping: float = key(1.0, "largest global gradient norm; 0 switches clipping off")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import importlib
 import os
 import sys
@@ -13,6 +14,10 @@ from dermfm.config import InputError, explain, load, nearest
 from shards.manifest import ShardError
 
 DONE, FAILED, BAD_INPUT, RESUMABLE = 0, 1, 2, 75
+# What a path that the user gave can cause: no such folder, no right to write, a full or read-only disk.
+DISK_ERRORS = (
+    errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR,
+)  # fmt: skip
 
 # job → (summary, verbs). Each job is the module launch.<job> with `schema(call)` and `run(config, call) -> int`.
 JOBS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -24,7 +29,7 @@ JOBS: dict[str, tuple[str, tuple[str, ...]]] = {
     "report": ("write one self-contained HTML page about a run", ()),
     "demo": ("run the whole chain on the embedded atlas or on a folder of real images", ()),
 }
-FLAGS = ("--explain", "--dry-run", "--report", "--help", "-h")
+FLAGS = ("--explain", "--dry-run", "--help", "-h")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +41,6 @@ class Call:
     config: str | None
     overrides: tuple[str, ...]
     dry_run: bool
-    report: bool
     explain: bool
     help: bool
 
@@ -59,6 +63,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(explain(schema, call.config, call.overrides))
             return DONE
         return int(job.run(load(schema, call.config, call.overrides), call))
+    except OSError as error:
+        if error.errno not in DISK_ERRORS or not error.filename or "DERMFM_TRACEBACK" in os.environ:
+            raise
+        print(f"dermfm {argv[0]}: {error.filename}: {error.strerror}; give another path", file=sys.stderr)
+        return BAD_INPUT
     except (InputError, ShardError, ProcessError) as error:
         if is_first_rank():
             print(f"dermfm {argv[0]}: {' '.join(str(error).split())}", file=sys.stderr)
@@ -93,7 +102,6 @@ def parse(argv: Sequence[str]) -> Call:
         config=config,
         overrides=overrides,
         dry_run="dry_run" in chosen,
-        report="report" in chosen,
         explain="explain" in chosen,
         help=bool(chosen & {"help", "h"}),
     )

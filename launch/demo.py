@@ -14,10 +14,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from cluster.preemption import SIGNALS
 from cluster.usage import PeakMemory
 from dermfm.config import to_yaml
 from dermfm.pipeline import CHAIN, JOBS, PipelineConfig, set_aside
 from dermfm.progress import duration
+from shards.manifest import write_text
 
 
 def schema(_: Any) -> type[PipelineConfig]:
@@ -36,7 +38,7 @@ def run(config: PipelineConfig, call: Any) -> int:
     if moved is not None:
         print(f"{out} held a chain of other records; it is now {moved}")
     out.mkdir(parents=True, exist_ok=True)
-    (out / CHAIN).write_text(to_yaml(config))
+    write_text(out / CHAIN, to_yaml(config))
     spent: dict[str, float] = {}
     with PeakMemory() as memory:
         for job in JOBS:
@@ -57,11 +59,24 @@ def run_job(job: str, config: Any, folder: Path, *flags: str) -> int:
     """Run one job in a process of its own on its part of the configuration, written to `folder`; its exit code."""
     folder.mkdir(parents=True, exist_ok=True)
     settings = folder / f"{job}.yaml"
-    settings.write_text(to_yaml(config))
-    # Ctrl-C reaches the job as well: it ends in its own time with its own code, and this process waits for it.
-    handler = signal.signal(signal.SIGINT, lambda *_: None)
+    write_text(settings, to_yaml(config))
+    process: list[subprocess.Popen] = []
+    asked: list[int] = []
+
+    def forward(number: int, _: Any) -> None:
+        """Ctrl-C reaches the job by itself, the others through this; the job ends in its own time."""
+        asked.append(-number)
+        if number != signal.SIGINT:
+            for one in process:
+                one.send_signal(number)
+
+    handlers = {number: signal.signal(number, forward) for number in SIGNALS}
     try:
-        code = subprocess.Popen([sys.executable, "-m", "launch.cli", job, str(settings), *flags]).wait()
+        process.append(subprocess.Popen([sys.executable, "-m", "launch.cli", job, str(settings), *flags]))
+        code = process[0].wait()
     finally:
-        signal.signal(signal.SIGINT, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if code in asked:
+        return 75  # a job that takes no signal over: what it had finished stays
     return code if code >= 0 else 1

@@ -10,12 +10,18 @@ An interrupted call continues; embeddings of the same checkpoint are used again.
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import TYPE_CHECKING
 
 from cluster.local import run_ranks
-from cluster.process import close_group, from_environment, is_launched, start_group
+from cluster.process import (
+    close_group,
+    default_ranks,
+    default_threads,
+    from_environment,
+    is_launched,
+    start_group,
+)
 from dermfm.evaluate.job import EvaluateConfig, evaluate, make_plan
 from dermfm.evaluate.ranks import current_ranks
 from dermfm.evaluate.summary import print_summary
@@ -35,7 +41,7 @@ def run(config: EvaluateConfig, call: Call) -> int:
     if call.dry_run:
         print("\n".join(plan.lines(config)))
         return 0
-    world = local_ranks(config)
+    world = default_ranks(config.ranks, config.device)
     if world > 1 and not is_launched():
         return run_ranks([sys.executable, "-m", "launch.cli", *sys.argv[1:]], world)
     return run_rank(config)
@@ -46,7 +52,7 @@ def run_rank(config: EvaluateConfig) -> int:
     import torch
 
     process = from_environment(config.device)
-    torch.set_num_threads(max((os.cpu_count() or 1) // process.local_world, 1))
+    torch.set_num_threads(default_threads(0, process.local_world))
     if process.world > 1:
         start_group(process)
     try:
@@ -56,12 +62,3 @@ def run_rank(config: EvaluateConfig) -> int:
     if process.is_first:
         print_summary(path)
     return 0
-
-
-def local_ranks(config: EvaluateConfig) -> int:
-    """How many processes to start on this machine."""
-    if config.ranks:
-        return config.ranks
-    import torch
-
-    return max(torch.cuda.device_count(), 1) if config.device != "cpu" else 1

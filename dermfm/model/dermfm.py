@@ -19,6 +19,8 @@ from dermfm.model.text import TextConfig, TextTower, load_tokenizer
 
 @dataclass(kw_only=True)
 class ModelConfig:
+    """The towers, their fusion and the shared space."""
+
     image: ImageConfig = key(ImageConfig, "image tower")
     text: TextConfig = key(TextConfig, "text tower")
     fusion: FusionConfig = key(FusionConfig, "cross-attention fusion")

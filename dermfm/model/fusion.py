@@ -13,6 +13,8 @@ from dermfm.model.attention import KERNELS, attention, attention_with_weights
 
 @dataclass(kw_only=True)
 class FusionConfig:
+    """Size of the cross-attention blocks."""
+
     depth: int = key(2, "number of blocks")
     width: int = key(256, "channels of the fused tokens")
     heads: int = key(4, "attention heads")

@@ -16,6 +16,8 @@ from dermfm.model.weights import load_weights
 
 @dataclass(kw_only=True)
 class ImageConfig:
+    """Which image tower, from which weights, and how much of it learns."""
+
     name: str = key("tf_efficientnet_lite0", "timm model name")
     weights: str | None = key(
         None, "package:<python package>, a weights file, 'timm' for timm's own from the hub, or null (random)"
@@ -92,9 +94,14 @@ def _features(body: Any, x: Tensor) -> Tensor:
     return features
 
 
+def check_name(name: str) -> None:
+    """InputError with the nearest names where timm has no model of this name."""
+    if not timm.is_model(name):
+        raise InputError(f"image.name: timm has no model '{name}'; {nearest(name, timm.list_models())}")
+
+
 def _build(config: ImageConfig) -> Any:
-    if not timm.is_model(config.name):
-        raise InputError(f"image.name: timm has no model '{config.name}'; {nearest(config.name, timm.list_models())}")
+    check_name(config.name)
     resizes = "img_size" in timm.models.model_entrypoint(config.name).__code__.co_varnames
     options: dict[str, Any] = {"img_size": config.size} if resizes or "vit" in config.name else {}
     from_hub = config.weights == "timm"

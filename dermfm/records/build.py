@@ -103,10 +103,13 @@ def build_records(config: RecordsConfig, dry_run: bool = False) -> Built:
 
 
 def inputs_fingerprint(config: RecordsConfig, sources: list[SourceConfig]) -> str:
-    """Hash of everything that decides the records: settings, and size and time of the tables."""
+    """Hash of everything that decides the records: settings, and size and time of the tables and images."""
     settings = {k: v for k, v in to_dict(config).items() if k not in ("out", "workers", "overwrite")}
-    files = [Path(name) for source in sources for name in (source.table, source.ground_truth, source.supplement)]
-    stats = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files if f.is_file()]
+    # Tables beside the named one may be read as well (MILK10k has three).
+    named = [Path(source.table) for source in sources if source.table]
+    tables = {*named, *(f for table in named for f in table.parent.glob("*.csv"))}
+    images = {f for source in sources if source.images for f in Path(source.images).rglob("*")}
+    stats = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(tables | images) if f.is_file()]
     return short_hash([settings, stats])
 
 

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 import dermfm.train
+from cluster.preemption import StopFlag
 from cluster.process import Process, close_group, from_environment, start_group
 from dermfm.config import from_dict
 from dermfm.plan import TrainConfig
@@ -38,7 +39,7 @@ def run_job(job: dict[str, Any], process: Process) -> int:
     dist.barrier()
     seen = json.loads((Path(config.run) / "seen").read_text())
     dermfm.train.optimizer_step = disturbed(job, process, seen)
-    code = dermfm.train.train(config, process, dermfm.train.resume_source(config, process))
+    code = dermfm.train.train(config, process, dermfm.train.resume_source(config, process), StopFlag().install())
     dist.barrier()
     if process.is_first and "frozen" in job:
         shutil.copytree(config.run, job["frozen"])

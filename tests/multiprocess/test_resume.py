@@ -272,7 +272,7 @@ def test_a_micro_batch_that_does_not_divide_is_bad_input_with_the_legal_ones(sto
 
 def test_a_run_directory_in_use_is_bad_input(stopped, capsys):
     with take_lock(stopped[1]):
-        assert "another process trains in this run directory" in refusal(capsys, str(stopped[0]))
+        assert "another process works in this folder" in refusal(capsys, str(stopped[0]))
 
 
 def test_a_finished_run_has_nothing_to_train(two_ranks, tmp_path, capsys):

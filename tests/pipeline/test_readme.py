@@ -92,6 +92,10 @@ def test_a_command_of_the_readme_ends_well(command: str, reader: Path) -> None:
     assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
 
 
+def test_the_readme_has_no_blank_left_to_fill_in() -> None:
+    assert not re.findall(r"@[A-Z_]+@", (ROOT / "README.md").read_text())
+
+
 def test_the_readme_has_the_commands_that_it_promises() -> None:
     commands = readme_commands()
     assert "make demo" in commands

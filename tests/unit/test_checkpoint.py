@@ -303,7 +303,7 @@ def test_a_key_that_only_one_side_has_is_a_change(tmp_path):
 
 def test_a_run_folder_has_one_holder_at_a_time(tmp_path):
     folder = tmp_path / "run"
-    with run.take_lock(folder), pytest.raises(InputError, match="another process trains in this run directory"):
+    with run.take_lock(folder), pytest.raises(InputError, match="another process works in this folder"):
         run.take_lock(folder)
     run.take_lock(folder).close()
 

@@ -158,7 +158,7 @@ def test_bad_settings_are_refused_before_the_job_runs(job, capsys, arguments, pa
 def test_verb_file_settings_and_options_come_in_any_order():
     call = parse(["shards", "--dry-run", "verify", "a=1", "c.yaml", "b.c={x: 1}"])
     assert (call.job, call.verb, call.config, call.overrides) == ("shards", "verify", "c.yaml", ("a=1", "b.c={x: 1}"))
-    assert (call.dry_run, call.explain, call.help, call.report) == (True, False, False, False)
+    assert (call.dry_run, call.explain, call.help) == (True, False, False)
 
 
 def test_a_setting_whose_value_ends_in_yaml_is_no_file():

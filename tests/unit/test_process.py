@@ -47,7 +47,7 @@ def test_torchrun_s_variables_are_read(environment):
 
 def test_slurm_s_variables_are_read_and_the_first_host_is_where_ranks_meet(environment, monkeypatch):
     environment(
-        SLURM_NTASKS=8, SLURM_PROCID=6, SLURM_LOCALID=2, SLURM_NTASKS_PER_NODE=4, SLURM_JOB_ID=123456,
+        SLURM_STEP_NUM_TASKS=8, SLURM_PROCID=6, SLURM_LOCALID=2, SLURM_NTASKS_PER_NODE=4, SLURM_JOB_ID=123456,
         SLURM_STEP_NODELIST="gpu[03-04]",
     )  # fmt: skip
     asked = []
@@ -65,7 +65,7 @@ def test_slurm_s_variables_are_read_and_the_first_host_is_where_ranks_meet(envir
 
 
 def test_one_slurm_task_is_no_group(environment):
-    environment(SLURM_NTASKS=1, SLURM_PROCID=0, SLURM_JOB_ID=7)
+    environment(SLURM_STEP_NUM_TASKS=1, SLURM_PROCID=0, SLURM_JOB_ID=7)
     assert not is_launched()
     assert from_environment("cpu").world == 1
 
@@ -138,3 +138,15 @@ def test_a_second_ctrl_c_interrupts_at_once(flag):
     os.kill(os.getpid(), signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_batch_script_of_many_tasks_is_not_one_of_them(environment):
+    environment(SLURM_NTASKS=8, SLURM_PROCID=0, SLURM_JOB_ID=7)
+    assert not is_launched()
+    assert from_environment("cpu").world == 1
+
+
+def test_a_variable_that_is_no_number_is_named(environment):
+    environment(SLURM_STEP_NUM_TASKS="a")
+    with pytest.raises(ProcessError, match="SLURM_STEP_NUM_TASKS is 'a'"):
+        is_launched()

@@ -116,7 +116,7 @@ def bad_tables(folder: Path) -> dict[str, tuple[str, Path, str]]:
         "unknown modality": (
             "generic",
             write_csv(folder / "6.csv", [generic_row("a", label=1, modality="xray")]),
-            "dermoscopic, clinical",
+            "clinical, dermoscopic",
         ),
         "duplicate HAM id": (
             "ham10000",
