@@ -22,9 +22,11 @@ from cluster.process import (
     is_launched,
     start_group,
 )
+from dermfm.config import InputError
 from dermfm.plan import TrainConfig, describe
 from dermfm.run import record, take_lock
 from dermfm.train import is_done, prepare, resume_source, train
+from shards.manifest import ShardError
 
 
 def schema(_: object) -> type:
@@ -67,8 +69,10 @@ def run_rank(config: TrainConfig, process: Process) -> int:
         start_group(process)
         try:
             return train(config, process, source, stop)
-        except Exception:
-            logging.getLogger(__name__).exception("rank %d failed", process.rank)
+        except Exception as error:
+            # The command line tells of the first rank's bad input; of another rank's only this line does.
+            told = isinstance(error, InputError | ShardError) and not process.is_first
+            logging.getLogger(__name__).error("failed: %s", error, exc_info=not told)
             raise
         finally:
             close_group()
@@ -76,7 +80,7 @@ def run_rank(config: TrainConfig, process: Process) -> int:
 
 def write_logs(run: Path, process: Process) -> None:
     """Log to the terminal (of the other ranks only warnings) and to <run>/log/rank<N>.log."""
-    (run / "log").mkdir(exist_ok=True)
+    (run / "log").mkdir(parents=True, exist_ok=True)
     terminal = logging.StreamHandler(sys.stdout)
     terminal.setLevel(logging.INFO if process.is_first else logging.WARNING)
     terminal.setFormatter(logging.Formatter("%(message)s" if process.is_first else f"rank {process.rank}: %(message)s"))
