@@ -133,13 +133,23 @@ class _Pool:
         """Fill the ready replicas, the emptiest first."""
         for depth in range(WAITING):
             for replica in self.replicas:
-                if replica.ready and len(replica.work) == depth:
-                    lease = self.again.popleft() if self.again else next(source, None)
-                    if lease is None:
-                        return
-                    replica.work[replica.actor.work.remote(lease.items)] = lease
+                if replica.ready and len(replica.work) == depth and not any(w.deaths for w in replica.work.values()):
+                    lease = self._next(source, alone=depth == 0)
+                    if lease is not None:
+                        replica.work[replica.actor.work.remote(lease.items)] = lease
         if not any(r.ready for r in self.replicas) and not self.again and (lease := next(source, None)) is not None:
             self.again.append(lease)  # nothing is ready yet: keep one in hand, so that the loop goes on
+
+    def _next(self, source: Iterator[Lease], alone: bool) -> Lease | None:
+        """The next lease. One that has met a death gets a replica alone: whoever dies with it blames nobody else.
+
+        (A result that was ready but not yet sent dies with its actor, so the oldest lease of several may be innocent.)
+        """
+        for lease in self.again:
+            if alone or not lease.deaths:
+                self.again.remove(lease)
+                return lease
+        return next(source, None)
 
     def _collect(self) -> Iterator[Done]:
         import ray
