@@ -21,6 +21,8 @@ from dermfm.pipeline import CHAIN, JOBS, PipelineConfig, set_aside
 from dermfm.progress import duration
 from shards.manifest import write_text
 
+BAD_INPUT = 2
+
 
 def schema(_: Any) -> type[PipelineConfig]:
     """The job's configuration."""
@@ -46,6 +48,8 @@ def run(config: PipelineConfig, call: Any) -> int:
             began = time.monotonic()
             code = run_job(job, getattr(config, job), out / "jobs")
             spent[job] = time.monotonic() - began
+            if code == BAD_INPUT:
+                return code  # the job has said its one line, and the same command would not continue
             if code:
                 print(f"dermfm demo: {job} ended with exit code {code}; the same command continues", file=sys.stderr)
                 return code
