@@ -66,7 +66,7 @@ def from_environment(device: str = "auto") -> Process:
         rank, world = _number("SLURM_PROCID"), _number("SLURM_STEP_NUM_TASKS")
         local_rank = _number("SLURM_LOCALID", 0)
         local_world = _number("SLURM_NTASKS_PER_NODE", max(world // _number("SLURM_STEP_NUM_NODES", 1), 1))
-        env.setdefault("MASTER_ADDR", _first_host(env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", ""))))
+        env.setdefault("MASTER_ADDR", first_host(env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", ""))))
         env.setdefault("MASTER_PORT", str(20000 + _number("SLURM_JOB_ID", 0) % 20000))
     else:
         rank, world, local_rank, local_world = 0, 1, 0, 1
@@ -125,7 +125,8 @@ def _number(name: str, default: int | None = None) -> int:
         ) from error
 
 
-def _first_host(nodes: str) -> str:
+def first_host(nodes: str) -> str:
+    """The first host of a SLURM node list ("n[1-4]"), asked from SLURM; this machine for an empty one."""
     if not nodes:
         return "127.0.0.1"
     listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)

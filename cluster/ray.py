@@ -39,7 +39,7 @@ def ray_session(address: str | None = None, num_cpus: int | None = None) -> Iter
         yield
         return
     if address:
-        _join(address)
+        join(address)
         folder = None
     else:
         folder = _start_local(num_cpus)
@@ -51,7 +51,8 @@ def ray_session(address: str | None = None, num_cpus: int | None = None) -> Iter
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _join(address: str) -> None:
+def join(address: str) -> None:
+    """Connect to a running cluster; RayError where it does not answer."""
     import ray
 
     try:

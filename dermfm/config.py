@@ -14,6 +14,7 @@ import difflib
 import functools
 import hashlib
 import json
+import re
 import typing
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -65,6 +66,12 @@ def check_range(name: str, value: float, low: float, high: float = float("inf"))
     if not low <= value <= high:
         bound = f"at least {low:g}" if high == float("inf") else f"between {low:g} and {high:g}"
         raise ValueError(f"{name}: {value:g} is not valid; it must be {bound}")
+
+
+def check_share(share: Sequence[int]) -> None:
+    """Raise a ValueError unless `share` is [k, n] with 0 <= k < n; for use in `__post_init__`."""
+    if len(share) != 2 or not 0 <= share[0] < share[1]:
+        raise ValueError(f"share: {list(share)} is not valid; [k, n] with 0 <= k < n is the k-th of n shares")
 
 
 def read_file(path: str | Path) -> Path:
@@ -165,6 +172,8 @@ def _layers(path: str | Path | None, dotlist: Sequence[str]) -> Iterator[tuple[s
         name, equals, _ = item.partition("=")
         if not equals or not name:
             raise InputError(f"command line: '{item}' is not of the form key=value")
+        # YAML reads 24:00:00 as a number to the base of 60; on a command line it is a time.
+        item = re.sub(r"=(\d+(:\d+)+)$", r"='\1'", item)
         yield "command line", _guard("command line", lambda i=item: OmegaConf.from_dotlist([i])), name
 
 

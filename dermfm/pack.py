@@ -6,6 +6,7 @@ packed by itself and leaves `.done/<shard>.json`; a second run packs what is not
 
 from __future__ import annotations
 
+import fcntl
 import io
 import itertools
 import json
@@ -63,10 +64,13 @@ def pack(config: ShardsConfig, dry_run: bool = False) -> Manifest | None:
         print(f"{out}: nothing to do, all {len(done)} shards are packed")
         return Manifest.load(out)
     (out / DONE).mkdir(parents=True, exist_ok=True)
-    (out / FILE_NAME).unlink(missing_ok=True)
+    if len(done) < len(plan.shards):
+        (out / FILE_NAME).unlink(missing_ok=True)
     counts = {split: sum(name.startswith(f"{split}-") for name in plan.shards) for split in SPLITS}
     write_text(out / PLAN, canonical_json({"identity": plan.identity, "shards": counts}) + "\n")
     done.update(_pack_missing(config, plan, done))
+    if config.share != [0, 1]:
+        return _finish_last(config, plan)
     return _finish(config, plan, done)
 
 
@@ -179,7 +183,8 @@ def _pack_missing(config: ShardsConfig, plan: Plan, done: dict[str, Packed]) -> 
     num_done = sum(len(plan.shards[name]) for name in done)
     skipped = [s for one in done.values() for s in one.skipped]
     with Meter(plan.records.num_rows, "pack", "images", start=num_done) as meter:
-        for name, one in _each_packed(config, plan, [name for name in plan.shards if name not in done]):
+        own, num_shares = config.share
+        for name, one in _each_packed(config, plan, [n for n in list(plan.shards)[own::num_shares] if n not in done]):
             packed[name] = one
             skipped += one.skipped
             meter.advance(len(plan.shards[name]))
@@ -224,6 +229,18 @@ def _check_skipped(skipped: list[dict[str, str]], num_records: int) -> None:
             f"{last['image']} (record {last['record_id']}): {last['reason']}; with it {len(skipped)} images cannot be "
             f"used, at most {allowed} of {num_records} may be bad; mend or remove them in the records and run again"
         )
+
+
+def _finish_last(config: ShardsConfig, plan: Plan) -> Manifest | None:
+    """Finish where this job packed the last shard of all shares; else say how many are still to come."""
+    out = Path(config.out)
+    with (out / DONE / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two shares may end at the same time
+        done = {name: packed for name in plan.shards if (packed := read_done(out, name, plan.images_of(name)))}
+        if len(done) < len(plan.shards):
+            print(f"{out}: {len(plan.shards) - len(done)} of {len(plan.shards)} shards are left to the other shares")
+            return None
+        return Manifest.load(out) if (out / FILE_NAME).is_file() else _finish(config, plan, done)
 
 
 def _finish(config: ShardsConfig, plan: Plan, done: dict[str, Packed]) -> Manifest:

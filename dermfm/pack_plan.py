@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dermfm.config import InputError, canonical_json, check_range, key, nearest, short_hash
+from dermfm.config import InputError, canonical_json, check_range, check_share, key, nearest, short_hash
 from dermfm.notes.store import read_notes
 from dermfm.records.table import read_records
 from shards.manifest import FILE_NAME
@@ -36,6 +36,7 @@ class ShardsConfig:
     txt_strategy: str | None = key(
         None, "store this strategy's first note as <key>.txt too, as open_clip's reader wants"
     )
+    share: list[int] = key([0, 1], "[k, n]: pack every n-th shard from the k-th, as one of n jobs on the same folder")
     workers: int = key(0, "processes that pack shards side by side; 0: one for each core, at most 8")
 
     def __post_init__(self) -> None:
@@ -43,6 +44,7 @@ class ShardsConfig:
         check_range("max_side", self.max_side, 0)
         check_range("jpeg_quality", self.jpeg_quality, 1, 100)
         check_range("workers", self.workers, 0)
+        check_share(self.share)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,9 @@ import dataclasses
 import errno
 import importlib
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 
 from cluster.process import ProcessError
@@ -27,14 +29,20 @@ JOBS: dict[str, tuple[str, tuple[str, ...]]] = {
     "train": ("pretrain the image-text model with DeepSpeed ZeRO", ()),
     "evaluate": ("score a checkpoint: classification, zero-shot, retrieval, per data set and partition", ()),
     "report": ("write one self-contained HTML page about a run", ()),
+    "submit": ("hand a job, or the pipeline of all, to SLURM or to a Ray cluster", ("slurm", "ray")),
+    "status": ("state, step, speed, time left and last log lines of a submitted or running job", ()),
+    "cancel": ("end what was submitted for a folder", ()),
+    "doctor": ("check a node, or all nodes of an allocation, before a job burns hours", ()),
     "demo": ("run the whole chain on the embedded atlas or on a folder of real images", ()),
 }
+FOLDER_JOBS = ("status", "cancel")  # `dermfm status runs/my` is `dermfm status run=runs/my`
+PIPELINE = "pipeline"
 FLAGS = ("--explain", "--dry-run", "--help", "-h")
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One parsed command line. `overrides` are the `key=value` items in order."""
+    """One parsed command line. `overrides` are the `key=value` items in order, of `submit` those of the scheduler."""
 
     job: str
     verb: str | None
@@ -43,6 +51,7 @@ class Call:
     dry_run: bool
     explain: bool
     help: bool
+    target: Call | None = None  # of `submit`: the job that is handed over
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,7 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if call.explain:
             print(explain(schema, call.config, call.overrides))
             return DONE
-        return int(job.run(load(schema, call.config, call.overrides), call))
+        config = load(schema, call.config, call.overrides)
+        stop_like_ctrl_c()
+        return int(job.run(config, call))
     except OSError as error:
         if error.errno not in DISK_ERRORS or not error.filename or "DERMFM_TRACEBACK" in os.environ:
             raise
@@ -82,6 +93,8 @@ def parse(argv: Sequence[str]) -> Call:
     job, *rest = argv
     if job not in JOBS:
         raise InputError(f"unknown job '{job}'; {nearest(job, JOBS)}")
+    if job == "submit":
+        return _parse_submit(rest)
     verbs = JOBS[job][1]
     flags = [a for a in rest if a.startswith("-")]
     for flag in flags:
@@ -92,6 +105,8 @@ def parse(argv: Sequence[str]) -> Call:
     plain = [a for a in words if "=" not in a]
     verb = plain.pop(0) if plain and plain[0] in verbs else None
     config = plain.pop(0) if plain and plain[0].endswith((".yaml", ".yml")) else None
+    if job in FOLDER_JOBS and len(plain) == 1:
+        overrides += (f"run={plain.pop()}",)
     if plain:
         hint = f"valid verbs: {', '.join(verbs)}; " if verbs else ""
         raise InputError(f"'{plain[0]}' is not understood; {hint}a config ends in .yaml and settings are key=value")
@@ -107,6 +122,23 @@ def parse(argv: Sequence[str]) -> Call:
     )
 
 
+def _parse_submit(rest: Sequence[str]) -> Call:
+    """`submit (slurm | ray) (<job> | pipeline) …`: the scheduler's keys apart from the job's."""
+    module = importlib.import_module("launch.submit")
+    flags = [a for a in rest if a.startswith("-")]
+    verb, job, *others = [*[a for a in rest if not a.startswith("-")], "", ""][: max(len(rest) - len(flags), 2)]
+    if not (verb or job) and set(flags) & {"--help", "-h", "--explain"}:
+        return Call("submit", "slurm", None, (), "--dry-run" in flags, "--explain" in flags, "--explain" not in flags)
+    if verb not in JOBS["submit"][1]:
+        raise InputError(f"submit: '{verb}' takes no jobs; {nearest(verb, JOBS['submit'][1])}")
+    if job not in module.JOBS[verb]:
+        raise InputError(f"submit {verb}: '{job}' cannot be submitted; {nearest(job, module.JOBS[verb])}")
+    keys = module.keys(verb)
+    own = tuple(a for a in others if "=" in a and a.split("=")[0].split(".")[0] in keys)
+    inner = parse(["demo" if job == PIPELINE else job, *flags, *[a for a in others if a not in own]])
+    return dataclasses.replace(inner, job="submit", verb=verb, config=None, overrides=own, target=inner)
+
+
 def usage() -> str:
     """The text of `dermfm --help`."""
     jobs = "\n".join(f"  {name:10s}{summary}" for name, (summary, _) in JOBS.items())
@@ -116,6 +148,13 @@ def usage() -> str:
         "--explain prints every key with its value and origin; --dry-run prints what would be done.\n"
         "Exit codes: 0 done, 1 failed, 2 bad input, 75 stopped and resumable (the same command continues)."
     )
+
+
+def stop_like_ctrl_c() -> None:
+    """SIGTERM and SIGUSR1 (of a scheduler) do what Ctrl-C does: what is finished stays, and the exit code is 75."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.default_int_handler)
 
 
 def is_first_rank() -> bool:

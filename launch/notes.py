@@ -7,11 +7,13 @@ The same command continues what was interrupted and makes only what is missing.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections import Counter
 from typing import Any
 
+from cluster import allocation
 from cluster.ray import RayError
 from dermfm.config import InputError
 from dermfm.notes.plan import NotesConfig
@@ -25,16 +27,21 @@ def schema(call: Any) -> type:
 
 
 def run(config: NotesConfig, call: Any) -> int:
-    """Make the missing notes: 0 done, 1 too many failed."""
+    """Make the missing notes: 0 done, 1 too many failed. In an allocation, all tasks but the first offer Ray a node."""
+    if config.address == allocation.ADDRESS and not allocation.is_head() and not call.dry_run:
+        return allocation.serve()
     plan, table = plan_notes(config)
     wanted = Counter(note.strategy.name for note in plan.notes.values())
-    done = len(plan.notes) - plan.num_missing
-    print(f"notes: {len(plan.notes)} wanted ({_counts(wanted)}); {done} done, {plan.num_missing} to do")
+    done = len(plan.notes) - plan.num_missing - plan.num_elsewhere
+    others = f", {plan.num_elsewhere} left to the other shares" if plan.num_elsewhere else ""
+    print(f"notes: {len(plan.notes)} wanted ({_counts(wanted)}); {done} done, {plan.num_missing} to do{others}")
     if call.dry_run:
         return 0
     began = time.monotonic()
+    inside = config.address == allocation.ADDRESS and plan.num_missing
     try:
-        tally = synthesize(config, plan, table)
+        with allocation.head() if inside else contextlib.nullcontext():
+            tally = synthesize(config, plan, table)
     except TooManyFailures as error:
         print(f"dermfm notes: {error}", file=sys.stderr)
         return 1

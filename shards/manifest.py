@@ -140,7 +140,7 @@ def write_manifest(folder: str | Path, shards: Sequence[ShardInfo], about: dict[
 
 def write_text(path: str | Path, text: str) -> None:
     """Write a file under a temporary name, flush it to disk and rename it into place."""
-    temporary = f"{path}.tmp"
+    temporary = f"{path}.{os.getpid()}.tmp"
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

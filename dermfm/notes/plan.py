@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from dermfm.config import InputError, check_choice, check_range, key, short_hash
+from dermfm.config import InputError, check_choice, check_range, check_share, key, short_hash
 from dermfm.notes import store
 from dermfm.notes.engines.protocol import EngineConfig
 from dermfm.notes.strategies import Strategy, find_strategies
@@ -31,9 +31,15 @@ class NotesConfig:
     part_size: int = key(512, "notes a part file; a part is what an interrupted run makes again")
     seed: int = key(0, "of the spread of `limit` and of sampling")
     repair: bool = key(True, "try to repair a failing note sentence by sentence before the template replaces it")
+    share: list[int] = key(
+        [0, 1], "[k, n]: make the parts whose number mod n is k, as one of n jobs on the same folder"
+    )
     max_failed_fraction: float = key(0.05, "more notes with an error than this fail the job")
     ray: str = key("auto", "auto (Ray where a model writes, or for many notes) | always | never")
-    address: str | None = key(None, "Ray cluster to join; null starts one on this machine")
+    address: str | None = key(
+        None,
+        "Ray cluster to join; null starts one on this machine, slurm one in this allocation (see slurm/notes.sbatch)",
+    )
     actors: int | None = key(None, "replicas of the model; null fills the cluster")
     threads_per_actor: int = key(1, "CPU threads (and CPUs) of an actor")
     gpus_per_actor: float = key(0.0, "GPUs of an actor")
@@ -43,6 +49,7 @@ class NotesConfig:
         check_choice("ray", self.ray, RAY)
         for split in self.splits:
             check_choice("splits", split, SPLITS)
+        check_share(self.share)
         if not self.strategies:
             raise ValueError("strategies: at least one is needed, for example [template]")
         for name in ("part_size", "threads_per_actor", "lease"):
@@ -71,6 +78,7 @@ class Plan:
     notes: dict[str, PlannedNote]
     parts: dict[int, list[str]]
     missing: list[int]
+    num_elsewhere: int = 0  # notes that are left to the other shares
 
     @property
     def num_missing(self) -> int:
@@ -105,7 +113,10 @@ def make_plan(config: NotesConfig, table: pa.Table, revision: str) -> Plan:
     fresh = _cut([n for n in wanted.values() if n.note_id not in covered], config.part_size)
     following = max([-1, *parts, *kept]) + 1
     kept |= {following + k: ids for k, ids in enumerate(fresh)}
-    return Plan(wanted, {**parts, **kept}, sorted(kept))
+    own, num_shares = config.share
+    missing = sorted(index for index in kept if index % num_shares == own)
+    elsewhere = sum(len(ids) for index, ids in kept.items() if index % num_shares != own)
+    return Plan(wanted, {**parts, **kept}, missing, elsewhere)
 
 
 def record_of(table: pa.Table, row: int) -> dict[str, Any]:

@@ -115,7 +115,7 @@ def _read_part(path: Path, columns: list[str]) -> pa.Table:
 
 
 def _write(table: pa.Table, path: Path) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # several jobs may write the plan at a time
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(table, temporary, compression="zstd")

@@ -59,7 +59,9 @@ def synthesize(config: NotesConfig, plan: Plan, table: pa.Table) -> Tally:
         return tally
     store.write_plan(config.out, plan.parts)
     on_ray = {index: _needs_ray(config, plan, index) for index in plan.missing}
-    with Meter(len(plan.notes), "notes", "notes", start=len(plan.notes) - plan.num_missing) as meter:
+    with Meter(
+        len(plan.notes), "notes", "notes", start=len(plan.notes) - plan.num_missing - plan.num_elsewhere
+    ) as meter:
         parts = _Parts(config, plan, table, tally, meter)
         for index in plan.missing:
             if not on_ray[index]:

@@ -1,0 +1,127 @@
+"""SLURM from the outside: batch scripts with other directives, sbatch, the state of a job, requeue and cancel."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+CALL_S = 60.0
+DIRECTIVE = "#SBATCH --"
+REMEDY = "run this on a login node of the cluster, or give --dry-run to see the script"
+# What the parts of `scontrol show job` are called here.
+FIELDS = {"JobState": "state", "Reason": "reason", "Restarts": "restarts", "NodeList": "nodes", "RunTime": "run_time"}
+
+
+class SlurmError(ValueError):
+    """SLURM is not here or refuses; one line with the remedy."""
+
+
+def render(template: str, directives: Mapping[str, str | None], lines: Sequence[str]) -> str:
+    """A batch script with other `#SBATCH` directives, and with `lines` before its first command.
+
+    `template` is a script whose directives stand together. `directives` maps option names ("nodes", "requeue") to
+    values; "" is an option without a value, null takes it out, and what is not named stays as the template has it.
+    `lines` are put after the line that starts with `set -`.
+    """
+    rows = template.splitlines()
+    own = {m[1]: m[2] or "" for row in rows if (m := re.match(r"#SBATCH --([\w-]+)(?:=(.*?))?\s*(?:#.*)?$", row))}
+    wanted = {**own, **directives}
+    first = next(i for i, row in enumerate(rows) if row.startswith(DIRECTIVE))
+    block = [
+        f"{DIRECTIVE}{name}" + (f"={value}" if value else "") for name, value in wanted.items() if value is not None
+    ]
+    rest = [row for row in rows[first:] if not row.startswith(DIRECTIVE)]
+    start = next(i for i, row in enumerate(rest) if row.startswith("set -")) + 1
+    shebang = [row for row in rows[:first] if row.startswith("#!")]
+    return "\n".join([*shebang, *block, *rest[:start], *lines, *rest[start:]]) + "\n"
+
+
+def quoted(value: str) -> str:
+    """A directive's value that sbatch reads as it is: quoted, with `%` doubled; SlurmError for a line break."""
+    if "\n" in value or "\r" in value:
+        raise SlurmError(f"'{value!r}' holds a line break, which a batch script cannot; give another name or path")
+    return '"' + value.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%") + '"'
+
+
+def submit(script: Path, after: int | None = None) -> int:
+    """Queue a script, to start once job `after` has ended well (and never, if it has not); the job's id.
+
+    Raises SlurmError with SLURM's own reason where it refuses.
+    """
+    options = ["--parsable"]
+    if after is not None:
+        options += [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"]
+    return int(_call("sbatch", *options, str(script)).split(";")[0])
+
+
+def check(script: Path) -> str:
+    """What `sbatch --test-only` says of a script; SlurmError with the reason where it would be refused."""
+    return _call("sbatch", "--test-only", str(script), with_errors=True)
+
+
+def job(job_id: int) -> dict[str, str]:
+    """state, reason, restarts, nodes and run_time of a job, {} once SLURM has forgotten it. An array's first task."""
+    try:
+        shown = _call("scontrol", "show", "job", "--oneliner", str(job_id))
+    except SlurmError as error:
+        if "Invalid job id" in str(error):
+            return {}
+        raise
+    pairs = re.findall(r"(\w+)=(\S*)", shown.splitlines()[0])
+    return {FIELDS[name]: value for name, value in pairs if name in FIELDS}
+
+
+def cancel(job_id: int) -> None:
+    """End a job; nothing happens to one that has ended."""
+    _call("scancel", str(job_id))
+
+
+def settings() -> dict[str, str]:
+    """SLURM's own configuration (`scontrol show config`), for example MaxArraySize."""
+    return {m[1]: m[2].strip() for m in re.finditer(r"^(\w+)\s*=(.*)$", _call("scontrol", "show", "config"), re.M)}
+
+
+def partitions() -> dict[str, str]:
+    """Partition → the GPUs of its nodes as SLURM writes them ("gpu:8", "(null)" for none)."""
+    rows = _call("sinfo", "--noheader", "--format=%R %G").splitlines()
+    return dict(row.split(maxsplit=1) for row in rows)
+
+
+def check_site(partition: str | None, gpus: int, array: int) -> None:
+    """SlurmError where the partition does not exist, its nodes have fewer GPUs, or the site allows no such array."""
+    known = partitions()
+    if partition is not None and partition not in known:
+        near = difflib.get_close_matches(partition, known, n=1) or sorted(known)
+        raise SlurmError(f"partition: '{partition}' does not exist here; it may be {' or '.join(near)}")
+    has = max((_num_gpus(gres) for name, gres in known.items() if partition in (None, name)), default=0)
+    if gpus > has:
+        where = f"partition '{partition}'" if partition else "any partition"
+        raise SlurmError(
+            f"gpus: {gpus} a node are asked for, the nodes of {where} have {has}; lower it or name another"
+        )
+    if array > 1 and array > (limit := int(settings().get("MaxArraySize", "1001"))) - 1:
+        raise SlurmError(f"array: {array} tasks are more than this site's {limit - 1}; lower it")
+
+
+def _num_gpus(gres: str) -> int:
+    """The GPUs in a node's generic resources: "gpu:a100:4(S:0-1),tmpdisk:900" has 4."""
+    return sum(int(m[1]) for m in re.finditer(r"(?:^|,)gpu(?::[\w.-]+)?:(\d+)", gres))
+
+
+def _call(program: str, *arguments: str, with_errors: bool = False) -> str:
+    if shutil.which(program) is None:
+        raise SlurmError(f"{program} is not on this machine's PATH; {REMEDY}")
+    try:
+        done = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=CALL_S, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise SlurmError(
+            f"{program} did not answer in {CALL_S:g} s; SLURM's controller may be down, try later"
+        ) from error
+    if done.returncode:
+        told = (done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}").splitlines()
+        raise SlurmError(f"{program} refuses: {told[-1].removeprefix(program).lstrip(': ')}")
+    return (done.stdout + done.stderr if with_errors else done.stdout).strip()

@@ -1,0 +1,106 @@
+"""Hand a job to a scheduler: `dermfm submit (slurm | ray) (<job> | pipeline) [config.yaml] [key=value …]`.
+
+  dermfm submit slurm train configs/gpu/pretrain.yaml run=runs/my shards=… nodes=4 gpus=8 time=12:00:00 partition=gpu
+  dermfm submit slurm pipeline configs/demo.yaml out=runs/chain nodes=2 gpus=8
+  dermfm submit ray notes records=runs/my/records.parquet out=runs/my/notes address=http://head:8265
+
+The config is checked here, not in the queue. It is written resolved, together with a copy of the code, into the job's
+folder, and SLURM's script with it: submit.sbatch can be submitted again by hand. --dry-run prints the script.
+"""
+
+from __future__ import annotations
+
+import importlib
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster import ray_job, slurm
+from dermfm import submission
+from dermfm.config import InputError, load
+from dermfm.run import take_lock
+from dermfm.submission import RayConfig, SlurmConfig
+
+if TYPE_CHECKING:
+    from launch.cli import Call
+
+PIPELINE = "pipeline"
+JOBS = {"slurm": (*submission.TEMPLATES, PIPELINE), "ray": ("records", "notes", "shards", "evaluate", "report")}
+SCHEMAS = {"slurm": SlurmConfig, "ray": RayConfig}
+
+
+def keys(verb: str) -> tuple[str, ...]:
+    """The keys of a command line that are the scheduler's."""
+    return submission.own_keys(SCHEMAS[verb])
+
+
+def schema(call: Call) -> type:
+    """What is asked of the scheduler."""
+    return SCHEMAS[str(call.verb)]
+
+
+def run(site: Any, call: Call) -> int:
+    """Check, freeze, queue; of a Ray job also follow its log, and return its exit code."""
+    target = call.target
+    assert target is not None
+    job = target.job
+    config = load(importlib.import_module(f"launch.{job}").schema(target), target.config, target.overrides)
+    try:
+        if call.verb == "ray":
+            return submit_ray(job, config, site, call.dry_run)
+        parts = {job: config} if job != "demo" else submission.chain(config)
+        return submit_slurm(parts, site, None if job != "demo" else Path(config.out), call.dry_run)
+    except (slurm.SlurmError, ray_job.RayJobError) as error:
+        raise InputError(str(error)) from error
+
+
+def submit_slurm(parts: dict[str, Any], site: SlurmConfig, root: Path | None, dry_run: bool) -> int:
+    """Queue one job, or a chain of them in the folder `root`, each after the one before."""
+    if dry_run:
+        with tempfile.TemporaryDirectory() as folder:
+            for job, config in parts.items():
+                settings = submission.folder_of(job, config).absolute() / "submit.yaml"
+                print(submission.render(job, site, settings, Path(folder), "slurm-"))
+        return 0
+    if root is None:
+        check(*next(iter(parts.items())), site)
+    slurm.check_site(site.partition, site.gpus, site.array)
+    after = None
+    ready = [
+        submission.prepare(job, config, submission.site_of(job, site, root is not None), root, name_in_chain(job, root))
+        for job, config in parts.items()
+    ]
+    for one in ready:
+        slurm.check(one.script)
+    for one in ready:
+        after = submission.queue(one, after)
+        print(f"{one.job}: SLURM job {after}, {one.script}")
+    print(f"watch it with: dermfm status {ready[0].folder}")
+    return 0
+
+
+def name_in_chain(job: str, root: Path | None) -> str | None:
+    """A chain's records share the run's folder with its training: the script has the job in its name."""
+    return f"submit-{job}.sbatch" if root is not None and job == "records" else None
+
+
+def check(job: str, config: Any, site: SlurmConfig) -> None:
+    """What the job itself would refuse at its start, with the world that it will have."""
+    module = importlib.import_module(f"launch.{job}")
+    if hasattr(module, "check"):
+        module.check(config, submission.world_of(job, site))
+    if job == "train":
+        take_lock(Path(config.run)).close()
+
+
+def submit_ray(job: str, config: Any, site: RayConfig, dry_run: bool) -> int:
+    """Send a job to a running Ray cluster, follow its log, and return its exit code."""
+    folder = submission.folder_of(job, config)
+    told = submission.ray_command(job, config, site, folder, dry_run)
+    if dry_run:
+        print(told.command)
+        return 0
+    number = ray_job.submit(site.address, told.command, str(told.code), told.environment)
+    submission.note(folder, {"job": job, "scheduler": "ray", "id": number, "address": site.address})
+    print(f"{job}: Ray job {number} at {site.address}; it goes on without this terminal", flush=True)
+    return ray_job.follow(site.address, number)
