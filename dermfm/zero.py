@@ -176,6 +176,17 @@ def consolidated_weights(folder: Path, tag: str) -> dict[str, Tensor]:
     return {name: tensor.float() for name, tensor in weights.items()}
 
 
+def ready(device: str) -> str:
+    """DeepSpeed's version and accelerator, seen to work on `device`; RuntimeError where it takes another one."""
+    deepspeed = _deepspeed(device)
+    from deepspeed.accelerator import get_accelerator
+
+    taken = get_accelerator().device_name()
+    if taken != device.split(":")[0]:
+        raise RuntimeError(f"DeepSpeed takes the accelerator '{taken}', the job computes on '{device}'")
+    return f"{deepspeed.__version__}, accelerator {taken}, {get_accelerator().communication_backend_name()}"
+
+
 def _deepspeed(device: str) -> Any:
     """The package, told which accelerator to use before its first import, and told to be quiet."""
     if not device.startswith("cuda"):

@@ -12,6 +12,8 @@ import threading
 from collections.abc import Sequence
 
 from cluster.process import ProcessError
+from cluster.ray_job import RayJobError
+from cluster.slurm import SlurmError
 from dermfm.config import InputError, explain, load, nearest
 from shards.manifest import ShardError
 
@@ -79,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"dermfm {argv[0]}: {error.filename}: {error.strerror}; give another path", file=sys.stderr)
         return BAD_INPUT
-    except (InputError, ShardError, ProcessError) as error:
+    except (InputError, ShardError, ProcessError, SlurmError, RayJobError) as error:
         if is_first_rank():
             print(f"dermfm {argv[0]}: {' '.join(str(error).split())}", file=sys.stderr)
         return BAD_INPUT
@@ -127,10 +129,11 @@ def _parse_submit(rest: Sequence[str]) -> Call:
     module = importlib.import_module("launch.submit")
     flags = [a for a in rest if a.startswith("-")]
     verb, job, *others = [*[a for a in rest if not a.startswith("-")], "", ""][: max(len(rest) - len(flags), 2)]
-    if not (verb or job) and set(flags) & {"--help", "-h", "--explain"}:
-        return Call("submit", "slurm", None, (), "--dry-run" in flags, "--explain" in flags, "--explain" not in flags)
-    if verb not in JOBS["submit"][1]:
+    asks = set(flags) & {"--help", "-h", "--explain"}
+    if verb not in JOBS["submit"][1] and not (asks and not verb):
         raise InputError(f"submit: '{verb}' takes no jobs; {nearest(verb, JOBS['submit'][1])}")
+    if asks and not job:
+        return Call("submit", verb or "slurm", None, (), False, "--explain" in flags, "--explain" not in flags)
     if job not in module.JOBS[verb]:
         raise InputError(f"submit {verb}: '{job}' cannot be submitted; {nearest(job, module.JOBS[verb])}")
     keys = module.keys(verb)

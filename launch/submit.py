@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster import ray_job, slurm
 from dermfm import submission
-from dermfm.config import InputError, load
+from dermfm.config import load
 from dermfm.run import take_lock
 from dermfm.submission import RayConfig, SlurmConfig
 
@@ -45,13 +45,10 @@ def run(site: Any, call: Call) -> int:
     assert target is not None
     job = target.job
     config = load(importlib.import_module(f"launch.{job}").schema(target), target.config, target.overrides)
-    try:
-        if call.verb == "ray":
-            return submit_ray(job, config, site, call.dry_run)
-        parts = {job: config} if job != "demo" else submission.chain(config)
-        return submit_slurm(parts, site, None if job != "demo" else Path(config.out), call.dry_run)
-    except (slurm.SlurmError, ray_job.RayJobError) as error:
-        raise InputError(str(error)) from error
+    if call.verb == "ray":
+        return submit_ray(job, config, site, call.dry_run)
+    parts = {job: config} if job != "demo" else submission.chain(config)
+    return submit_slurm(parts, site, None if job != "demo" else Path(config.out), call.dry_run)
 
 
 def submit_slurm(parts: dict[str, Any], site: SlurmConfig, root: Path | None, dry_run: bool) -> int:

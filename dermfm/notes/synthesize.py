@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
@@ -98,16 +98,18 @@ class _Parts:
     def write_here(self, index: int) -> None:
         """Make one part in this process."""
         items = [self._item(note_id) for note_id in self.plan.parts[index]]
-        prompted = bool(items) and items[0].columns["engine"] != "template"
         for start in range(0, len(items), self.config.lease):
             chunk = items[start : start + self.config.lease]
-            self._receive(index, self._here().work(chunk) if prompted else [fixed_row(item) for item in chunk])
+            rows = self._here().work(chunk) if self._is_prompted(index) else [fixed_row(item) for item in chunk]
+            self._receive(index, rows)
 
     def write_on_ray(self, indices: list[int]) -> None:
         """Make the parts on the actor pool."""
         if not indices:
             return
         config = self.config
+        models = any(self._is_prompted(index) for index in indices)
+        engine = config.engine if models else replace(config.engine, kind="template")
         need = Resources(float(config.threads_per_actor), config.gpus_per_actor, config.threads_per_actor)
         with ray_session(config.address, _local_cpus(config)):
             room = room_for(need)
@@ -118,7 +120,7 @@ class _Parts:
             done = work_through(
                 self._leases(indices),
                 NoteWriter,
-                (config.engine, config.repair),
+                (engine, config.repair),
                 replicas=config.actors or room,
                 resources=need,
             )
@@ -127,6 +129,11 @@ class _Parts:
                     self._receive(piece.key, _rows_of(piece))
             finally:
                 done.close()  # type: ignore[attr-defined]
+
+    def _is_prompted(self, index: int) -> bool:
+        """Whether a model writes the notes of a part (a part is of one strategy)."""
+        strategy = self.plan.notes[self.plan.parts[index][0]].strategy
+        return engine_of(strategy, self.config.engine)[0] != "template"
 
     def _here(self) -> NoteWriter:
         if self._writer is None:

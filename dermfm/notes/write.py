@@ -32,9 +32,9 @@ class NoteWriter:
 
     def work(self, items: Sequence[Item]) -> list[Row]:
         """One finished row (the columns of NOTE_SCHEMA) an item, in order."""
-        rows: list[Row | None] = [None] * len(items)
-        failed = {i: (_Draft(), items[i]) for i in range(len(items))}
-        for attempt in range(self.config.attempts):
+        rows: list[Row | None] = [fixed_row(item) if item.facts is None else None for item in items]
+        failed = {i: (_Draft(), items[i]) for i in range(len(items)) if rows[i] is None}
+        for attempt in range(self.config.attempts if failed else 0):
             chosen = list(failed)
             requests = [replace(items[i].request, attempt=attempt) for i in chosen]
             for i, generation in zip(chosen, generate_surely(self.engine, requests), strict=True):
