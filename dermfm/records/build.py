@@ -88,7 +88,7 @@ def build_records(config: RecordsConfig, dry_run: bool = False) -> Built:
     records = _drop(_read_sources(sources, reading), config, losses)
     thumbnails: list[bytes] = []
     if not dry_run:
-        records, thumbnails = _measure(records, config.workers, losses)
+        records, thumbnails = image_work(records, config, reading)
     if not records:
         raise InputError(f"{out}: no record is left; {'; '.join(losses.lines()) or 'the sources are empty'}")
     hashes = [record.phash or "" for record in records]
@@ -148,12 +148,16 @@ def _drop(records: list[Record], config: RecordsConfig, losses: Losses) -> list[
     return kept
 
 
-def _measure(records: list[Record], workers: int, losses: Losses) -> tuple[list[Record], list[bytes]]:
-    """Size and perceptual hash of every image, and the thumbnails; unreadable images are left out and counted."""
+def image_work(records: list[Record], config: RecordsConfig, reading: Reading) -> tuple[list[Record], list[bytes]]:
+    """Everything that opens the images, and the only place that does; not called in a dry run.
+
+    Fills width, height, phash (and `measured`) of every record; `path` changes where a new image is made. Returns the
+    records whose image can be read, in order, and their thumbnails; the others are counted.
+    """
     kept, thumbnails = [], []
-    for record, facts in zip(records, all_image_facts([r.path for r in records], workers), strict=True):
+    for record, facts in zip(records, all_image_facts([r.path for r in records], config.workers), strict=True):
         if facts.error:
-            losses.add(UNREADABLE, f"{record.path.name}: {facts.error}")
+            reading.losses.add(UNREADABLE, f"{record.path.name}: {facts.error}")
             continue
         record.width, record.height, record.phash = facts.width, facts.height, facts.phash
         kept.append(record)

@@ -26,7 +26,8 @@ class Record:
 
     `path` is where the image lies now; the fields from `split` on that adapters leave empty are filled by
     `dermfm.records.build`. `class_label` is the class that the diagnosis texts name: a label that differs from it is
-    a conflict. `given_split` is the publisher's own split.
+    a conflict. `given_split` is the publisher's own split. `measured` holds attributes measured from the pixels, by
+    name without the prefix `measured_` of their columns; a record that lacks one has null there.
     """
 
     dataset: str
@@ -57,6 +58,7 @@ class Record:
     phash: str | None = None
     width: int = 0
     height: int = 0
+    measured: dict[str, object] = dataclasses.field(default_factory=dict)
 
     @property
     def record_id(self) -> str:
@@ -111,7 +113,10 @@ def to_table(records: Sequence[Record], folder: Path) -> pa.Table:
             columns[name] = [Path(os.path.relpath(r.path, folder)).as_posix() for r in records]
         else:
             columns[name] = [getattr(r, _FIELD_OF.get(name, name)) for r in records]
-    return pa.table(columns, schema=SCHEMA)
+    table = pa.table(columns, schema=SCHEMA)
+    for name in dict.fromkeys(name for record in records for name in record.measured):
+        table = table.append_column(MEASURED + name, pa.array([record.measured.get(name) for record in records]))
+    return table
 
 
 def read_records(path: str | Path) -> pa.Table:
