@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,9 @@ import pyarrow.parquet as pq
 
 from dermfm.config import REQUIRED, InputError, check_range, key, short_hash, to_dict
 from dermfm.records.adapters import ADAPTERS
+from dermfm.records.csvtable import looks_like, read_text
 from dermfm.records.duplicates import HASH_BITS, duplicate_pairs
-from dermfm.records.groups import assign_groups
+from dermfm.records.groups import assign_groups, count_lesion_conflicts
 from dermfm.records.images import all_image_facts
 from dermfm.records.source import AtlasConfig, Losses, Reading, SourceConfig
 from dermfm.records.splits import assign_splits
@@ -68,8 +70,15 @@ def resolved_sources(config: RecordsConfig) -> list[SourceConfig]:
         inherited = {name: getattr(source, name) or getattr(own, name) for name in ("layout", "images", "table")}
         sources.append(dataclasses.replace(source, **inherited))
         if not inherited["layout"]:
-            raise InputError(f"layout is required; one of {', '.join(ADAPTERS)}")
+            raise InputError(f"layout is required{_hint(inherited['table'])}; one of {', '.join(ADAPTERS)}")
     return sources
+
+
+def _hint(table: str) -> str:
+    if not Path(table).is_file() or Path(table).suffix.lower() not in (".csv", ".txt", ".tsv"):
+        return ""
+    kind = looks_like(next(csv.reader(read_text(Path(table)).splitlines()[:1]), []))
+    return f"; {table} looks like {kind}" if kind else ""
 
 
 def build_records(config: RecordsConfig, dry_run: bool = False) -> Built:
@@ -85,7 +94,9 @@ def build_records(config: RecordsConfig, dry_run: bool = False) -> Built:
         return Built(read_records(out), Losses(), was_there=True)
     reading = Reading(out.parent, config.workers, dry_run)
     losses = reading.losses
-    records = _drop(_read_sources(sources, reading), config, losses)
+    records = _read_sources(sources, reading)
+    count_lesion_conflicts(records, losses)
+    records = _drop(records, config, losses)
     thumbnails: list[bytes] = []
     if not dry_run:
         records, thumbnails = image_work(records, config, reading)

@@ -5,6 +5,7 @@ Splits, masked negatives, exclusion from pools and the bootstrap all use them.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -17,6 +18,7 @@ from dermfm.records.vocabulary import CLASS_CODES, FAMILY_OF
 
 WITHIN, ACROSS = "duplicate images within a data set", "duplicate images across data sets"
 OTHER_LABEL = "duplicate images with different labels"
+LESION_LABELS = "lesions whose images have different labels"
 
 
 def assign_groups(records: Sequence[Record], duplicates: Iterable[tuple[int, int]], losses: Losses) -> None:
@@ -47,6 +49,18 @@ def _shared_ids(records: Sequence[Record]) -> Iterator[tuple[int, int]]:
                 j = first.setdefault((family, kind, value), i)
                 if j != i:
                     yield j, i
+
+
+def count_lesion_conflicts(records: Sequence[Record], losses: Losses) -> None:
+    """Count the lesions whose records have more than one label; nothing is changed."""
+    labels: dict[tuple[str, str], set[int]] = defaultdict(set)
+    for record in records:
+        if record.lesion_id is not None and record.label is not None:
+            labels[FAMILY_OF.get(record.dataset, record.dataset), record.lesion_id].add(record.label)
+    for (family, lesion), found in labels.items():
+        if len(found) > 1:
+            codes = " and ".join(CLASS_CODES[label] for label in sorted(found))
+            losses.add(LESION_LABELS, f"{family}/{lesion}: {codes}")
 
 
 def _same_lesion(one: Record, two: Record) -> bool:

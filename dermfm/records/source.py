@@ -9,7 +9,21 @@ from pathlib import Path
 from dermfm.config import check_choice, check_range, key
 from dermfm.records.vocabulary import MODALITIES
 
-LAYOUTS = ["generic", "ham10000", "milk10k", "atlas"]
+LAYOUTS = [
+    "generic",
+    "isic",
+    "ham10000",
+    "milk10k",
+    "pad_ufes_20",
+    "derm7pt",
+    "fitzpatrick17k",
+    "mra_midas",
+    "ph2",
+    "folders",
+    "derm1m",
+    "reference",
+    "atlas",
+]
 SPLIT_RULES = ["lesions", "test", "given"]
 
 
@@ -40,11 +54,12 @@ class SourceConfig:
 
     layout: str = key("", f"table layout: {', '.join(LAYOUTS)}")
     images: str = key("", "folder of the images (searched by exact file name, with or without a folder per data set)")
-    table: str = key("", "table file of the data set")
-    dataset: str = key("", "name of the data set where the table does not name it (generic)")
+    table: str = key("", "table file of the data set (layout=reference: the folder of the tables)")
+    dataset: str = key("", "name of the data set where the table does not name it (generic, isic, folders)")
+    pattern: str = key("", "layout=folders: regular expression of a path below `images` without suffix, see folders.py")
     datasets: list[str] = key([], "read only these data sets of the source; empty means all")
     splits: str = key(
-        "lesions", "lesions: train/valid/test by lesion; test: test only; given: the table's column split"
+        "lesions", "lesions: train/valid/test by lesion; test: test only; given: as the publisher or study split it"
     )
     test_only: list[str] = key([], "data sets of this source that are test only (external)")
     modality: str = key("", "dermoscopic or clinical, where the table does not say")
