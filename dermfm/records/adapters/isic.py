@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from isic_metadata.metadata import MetadataRow
 from pydantic import ValidationError
 
-from dermfm.config import InputError
+from dermfm.config import InputError, nearest
 from dermfm.records.adapters.milk10k import DATASETS as MILK10K
 from dermfm.records.adapters.tables import NO_PATH, Draft, check_source, finish
-from dermfm.records.csvtable import Row, check_unique, fitzpatrick, number, read_rows, sex, site
+from dermfm.records.csvtable import Row, check_unique, fitzpatrick, looks_like, number, read_rows, sex, site
 from dermfm.records.source import Losses, Reading, SourceConfig
 from dermfm.records.table import Record
 from dermfm.records.vocabulary import tidy
@@ -39,7 +39,9 @@ def read(source: SourceConfig, reading: Reading) -> list[Record]:
         raise InputError("layout=isic needs dataset=<name>, for example dataset=BCN20000")
     rows = read_rows(source.table, COLUMNS, source.layout, reading.losses)
     if not {*LEVELS, "diagnosis"} & set(rows[0]):
-        raise InputError(f"{source.table}: lacks the column 'diagnosis' (or diagnosis_1 … diagnosis_5)")
+        kind = looks_like(rows[0])
+        hint = f"it looks like {kind}" if kind else nearest("diagnosis_1", rows[0])
+        raise InputError(f"{source.table}: has none of the columns diagnosis_1 … diagnosis_5, diagnosis; {hint}")
     check_unique(source.table, (row["isic_id"] for row in rows), "isic_id")
     check_schema(source.table, rows, reading.losses)
     drafts = []
