@@ -61,6 +61,7 @@ class SourceConfig:
     splits: str = key(
         "lesions", "lesions: train/valid/test by lesion; test: test only; given: as the publisher or study split it"
     )
+    split_tables: str = key("", "splits=given: folder of the reference study's CSVs, to take its split for these ids")
     test_only: list[str] = key([], "data sets of this source that are test only (external)")
     modality: str = key("", "dermoscopic or clinical, where the table does not say")
     licence: str = key("", "licence, where the table does not say")

@@ -9,18 +9,17 @@ The ids of PAD_UFES_20 there are those of the ISIC Archive. Data sets without an
 
 from __future__ import annotations
 
-import csv
-import io
+import dataclasses
 from collections.abc import Iterator
-from pathlib import Path, PurePath
+from pathlib import Path
 
 from dermfm.config import InputError, nearest
 from dermfm.records.adapters.tables import NO_PATH, Draft, check_datasets, finish
-from dermfm.records.csvtable import check_unique, read_text
+from dermfm.records.csvtable import check_unique
 from dermfm.records.images import ImageFolder
 from dermfm.records.source import Losses, Reading, SourceConfig
-from dermfm.records.splits import TWICE
-from dermfm.records.table import SPLITS, Record
+from dermfm.records.study_split import headless_lines
+from dermfm.records.table import Record
 from dermfm.records.vocabulary import correction, find_diagnosis, tidy
 
 MAPPING = "classes_subclasses_metadata_mapping.csv"
@@ -38,7 +37,6 @@ DERMOSCOPIC = (
     "derm12345",
 )
 DISAGREE = "study's labels that the vocabulary does not give"
-UNSPLIT = "records that the study's split does not name, left out"
 NO_IMAGES = "data sets of the study without images here, left out (rows)"
 
 
@@ -56,8 +54,9 @@ def read(source: SourceConfig, reading: Reading) -> list[Record]:
             drafts += _with_any_image(images, list(_drafts(source, name, folder, reading.losses)), reading.losses)
     if not drafts:
         raise InputError(f"images={source.images}: holds no image that a table below {source.table} names")
-    records = finish(source, drafts, reading.losses, known=(*CLINICAL, *DERMOSCOPIC))
-    return [record for record in records if _is_split(source, record, reading.losses)]
+    split_tables = source.split_tables or str(next(iter(folders.values())).resolve().parent)
+    source = dataclasses.replace(source, split_tables=split_tables)
+    return finish(source, drafts, reading.losses, known=(*CLINICAL, *DERMOSCOPIC))
 
 
 def _folders(table: Path) -> dict[str, Path]:
@@ -71,18 +70,9 @@ def _folders(table: Path) -> dict[str, Path]:
     return {folder.resolve().name: folder for folder in folders}
 
 
-def _lines(path: Path, num_cells: int) -> Iterator[list[str]]:
-    reader = csv.reader(io.StringIO(read_text(path), newline=""))
-    for cells in reader:
-        if len(cells) != num_cells:
-            raise InputError(f"{path}: line {reader.line_num} has {len(cells)} cells, {num_cells} are needed")
-        yield [cell.strip() for cell in cells]
-
-
 def _drafts(source: SourceConfig, dataset: str, folder: Path, losses: Losses) -> Iterator[Draft]:
-    rows = list(_lines(folder / MAPPING, 8))
+    rows = list(headless_lines(folder / MAPPING, 8))
     check_unique(folder / MAPPING, (row[0] for row in rows), "id")
-    splits = _given_splits(dataset, folder, losses) if source.splits == "given" else {}
     for source_id, label, _, class_text, subclass_text, findings, _, _ in rows:
         _compare(dataset, source_id, label, [subclass_text, class_text], losses)
         record = Record(
@@ -93,7 +83,6 @@ def _drafts(source: SourceConfig, dataset: str, folder: Path, losses: Losses) ->
             class_text=tidy(class_text),
             subclass_text=tidy(subclass_text),
             findings=tidy(findings),
-            given_split=splits.get(source_id),
         )
         yield Draft(record, [subclass_text, class_text])
 
@@ -105,19 +94,6 @@ def _compare(dataset: str, source_id: str, label: str, texts: list[str], losses:
         losses.add(DISAGREE, f"{dataset}/{source_id}: {texts[0]}, label {label}")
 
 
-def _given_splits(dataset: str, folder: Path, losses: Losses) -> dict[str, str]:
-    """Source id → the study's split; an image in two files is counted and taken for the later split."""
-    splits: dict[str, str] = {}
-    for split in SPLITS:
-        path = folder / f"labels_{split}.csv"
-        for name, _ in _lines(path, 2) if path.is_file() else ():
-            source_id = PurePath(name).stem
-            if source_id in splits:
-                losses.add(TWICE, f"{dataset}/{source_id} in {splits[source_id]} and {split}")
-            splits[source_id] = split
-    return splits
-
-
 def _with_any_image(images: ImageFolder, drafts: list[Draft], losses: Losses) -> list[Draft]:
     if any(images.find(draft.record.dataset, draft.record.source_id) is not None for draft in drafts):
         return drafts
@@ -125,10 +101,3 @@ def _with_any_image(images: ImageFolder, drafts: list[Draft], losses: Losses) ->
     for _ in drafts:
         losses.add(NO_IMAGES, dataset)
     return []
-
-
-def _is_split(source: SourceConfig, record: Record, losses: Losses) -> bool:
-    if source.splits != "given" or record.given_split is not None:
-        return True
-    losses.add(UNSPLIT, record.dataset)
-    return False

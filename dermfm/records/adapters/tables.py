@@ -9,6 +9,7 @@ from pathlib import Path
 from dermfm.config import InputError, nearest
 from dermfm.records.images import ImageFolder
 from dermfm.records.source import NAMED, Losses, SourceConfig
+from dermfm.records.study_split import study_split
 from dermfm.records.table import Record
 from dermfm.records.vocabulary import CLASSES, correction, find_diagnosis, tidy
 
@@ -16,6 +17,7 @@ MISSING_IMAGE = "rows without an image"
 UNNAMED_IMAGE = "images without a row"
 PARTIAL_NAME = "ids that are only a part of an image's name, not matched"
 UNMAPPED = "diagnoses without a class"
+UNSPLIT = "records that the given split does not name, left out"
 NO_PATH = Path()  # until `with_images` finds the image
 
 
@@ -60,12 +62,29 @@ def finish(
         record.path = path
         record.licence = record.licence or source.licence or None
         record.test_only = source.is_test_only(record.dataset)
-        if source.splits != "given":
-            record.given_split = None
         if draft.texts is not None:
             apply_diagnosis(record, draft.texts, losses)
         records.append(record)
-    return records
+    return _as_split(source, records, losses)
+
+
+def _as_split(source: SourceConfig, records: list[Record], losses: Losses) -> list[Record]:
+    """splits=given: the split of `split_tables` or of the source; records that it does not name are left out."""
+    if source.splits != "given":
+        for record in records:
+            record.given_split = None
+        return records
+    if source.split_tables:
+        datasets = dict.fromkeys(record.dataset for record in records)
+        of = {dataset: study_split(Path(source.split_tables), dataset, losses) for dataset in datasets}
+        for record in records:
+            record.given_split = of[record.dataset].get(record.source_id)
+    if not any(record.given_split for record in records):
+        raise InputError(f"splits=given: {source.table or source.images} gives no split; use splits=lesions")
+    for record in records:
+        if record.given_split is None:
+            losses.add(UNSPLIT, record.dataset)
+    return [record for record in records if record.given_split is not None]
 
 
 def check_datasets(source: SourceConfig, names: set[str]) -> None:

@@ -15,8 +15,8 @@ from dermfm.records.adapters.fitzpatrick17k import WRONG
 from dermfm.records.adapters.folders import NO_MATCH
 from dermfm.records.adapters.isic import NO_TYPE, OTHER_TYPE, REFUSED
 from dermfm.records.adapters.mra_midas import CONTROL
-from dermfm.records.adapters.reference import NO_IMAGES, UNSPLIT
-from dermfm.records.adapters.tables import UNMAPPED, UNNAMED_IMAGE
+from dermfm.records.adapters.reference import NO_IMAGES
+from dermfm.records.adapters.tables import UNMAPPED, UNNAMED_IMAGE, UNSPLIT
 from dermfm.records.build import RecordsConfig, resolved_sources
 from dermfm.records.source import LAYOUTS, Losses, Reading, SourceConfig
 from dermfm.records.splits import TWICE
