@@ -16,6 +16,10 @@ from dermfm.records.csvtable import looks_like, read_text
 from dermfm.records.duplicates import HASH_BITS, duplicate_pairs
 from dermfm.records.groups import assign_groups, count_lesion_conflicts
 from dermfm.records.images import all_image_facts
+from dermfm.records.measure.job import measure_records
+from dermfm.records.parts import Place
+from dermfm.records.preprocess.config import PreprocessConfig
+from dermfm.records.preprocess.job import preprocess_records
 from dermfm.records.source import AtlasConfig, Losses, Reading, SourceConfig
 from dermfm.records.splits import assign_splits
 from dermfm.records.table import Record, read_records, to_table, write_records
@@ -39,6 +43,9 @@ class RecordsConfig(SourceConfig):
     drop_conflicts: bool = key(True, "leave out records whose label and diagnosis text name different classes")
     drop_unlabelled: bool = key(False, "leave out records whose diagnosis maps to no class")
     workers: int = key(0, "processes that read or draw images; 0: one a core")
+    preprocess: PreprocessConfig = key(PreprocessConfig, "image preprocessing; see configs/data/preprocess/")
+    measure: bool = key(False, "measure the lesion's attributes from the pixels: columns measured_*")
+    address: str | None = key(None, "Ray cluster for images, for example auto; null: this machine's own cores")
     overwrite: bool = key(False, "build again even where the file is up to date")
 
     def __post_init__(self) -> None:
@@ -115,7 +122,7 @@ def build_records(config: RecordsConfig, dry_run: bool = False) -> Built:
 
 def inputs_fingerprint(config: RecordsConfig, sources: list[SourceConfig]) -> str:
     """Hash of everything that decides the records: settings, and size and time of the tables and images."""
-    settings = {k: v for k, v in to_dict(config).items() if k not in ("out", "workers", "overwrite")}
+    settings = {k: v for k, v in to_dict(config).items() if k not in ("out", "workers", "address", "overwrite")}
     # Tables beside the named one may be read as well (MILK10k has three).
     named = [Path(source.table) for source in sources if source.table]
     tables = {*named, *(f for table in named for f in table.parent.glob("*.csv"))}
@@ -165,6 +172,9 @@ def image_work(records: list[Record], config: RecordsConfig, reading: Reading) -
     Fills width, height, phash (and `measured`) of every record; `path` changes where a new image is made. Returns the
     records whose image can be read, in order, and their thumbnails; the others are counted.
     """
+    place = Place(config.workers, config.address)
+    if config.preprocess.enabled:
+        records = preprocess_records(records, config.preprocess, reading.folder, place, reading.losses)
     kept, thumbnails = [], []
     for record, facts in zip(records, all_image_facts([r.path for r in records], config.workers), strict=True):
         if facts.error:
@@ -173,6 +183,8 @@ def image_work(records: list[Record], config: RecordsConfig, reading: Reading) -
         record.width, record.height, record.phash = facts.width, facts.height, facts.phash
         kept.append(record)
         thumbnails.append(facts.thumbnail)
+    if config.measure:
+        measure_records(kept, reading.folder, place, reading.losses)
     return kept, thumbnails
 
 

@@ -14,10 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dermfm.config import InputError, nearest, read_file, short_hash
+from dermfm.records.measure.columns import SCHEMA as MEASURED_SCHEMA
 from dermfm.records.vocabulary import MALIGNANCIES, MODALITIES
 
 SPLITS = ["train", "valid", "test"]
 MEASURED = "measured_"
+MEASURED_TYPES = {field.name: field.type for field in MEASURED_SCHEMA}
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -115,7 +117,9 @@ def to_table(records: Sequence[Record], folder: Path) -> pa.Table:
             columns[name] = [getattr(r, _FIELD_OF.get(name, name)) for r in records]
     table = pa.table(columns, schema=SCHEMA)
     for name in dict.fromkeys(name for record in records for name in record.measured):
-        table = table.append_column(MEASURED + name, pa.array([record.measured.get(name) for record in records]))
+        kind = MEASURED_TYPES.get(MEASURED + name)
+        values = [record.measured.get(name) for record in records]
+        table = table.append_column(MEASURED + name, pa.array(values, type=kind))
     return table
 
 

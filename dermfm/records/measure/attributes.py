@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from dermfm.records.measure.border import border
-from dermfm.records.measure.colour import COLOURS, MIN_SHARE, colour_shares
+from dermfm.records.measure.colour import MIN_SHARE, colour_shares
+from dermfm.records.measure.columns import COLOURS, SCHEMA, SHARE_COLUMNS
 from dermfm.records.measure.mask import LesionMask, find_lesion
 from dermfm.records.measure.shape import asymmetry, irregularity, relative_size
 from dermfm.records.measure.skin import band, fitzpatrick, skin_angle
@@ -18,33 +18,6 @@ VERSION = 1  # raise it when a measure changes: older values are measured again
 ASYMMETRIC = 0.13  # from which a lesion is called asymmetric
 SHARP, INDISTINCT = 0.55, 0.4  # sharpness above and below which a border is called so; between: mixed
 MIN_CONFIDENCE = 0.15  # of the mask, below which the lesion counts as not found and nothing of it is told
-
-SHARE_COLUMNS = tuple(f"measured_share_{name.replace(' ', '_').replace('-', '_')}" for name in COLOURS)
-SCHEMA = pa.schema(
-    [
-        ("measured_mask_confidence", pa.float64()),
-        ("measured_size", pa.float64()),
-        ("measured_asymmetry", pa.float64()),
-        ("measured_asymmetry_word", pa.string()),
-        ("measured_asymmetry_confidence", pa.float64()),
-        ("measured_border_sharpness", pa.float64()),
-        ("measured_border_irregularity", pa.float64()),
-        ("measured_border_word", pa.string()),
-        ("measured_border_confidence", pa.float64()),
-        ("measured_colours", pa.list_(pa.string())),
-        *((name, pa.float64()) for name in SHARE_COLUMNS),
-        ("measured_colours_confidence", pa.float64()),
-        ("measured_dots", pa.int64()),
-        ("measured_globules", pa.int64()),
-        ("measured_texture", pa.float64()),
-        ("measured_structureless", pa.float64()),
-        ("measured_structure_confidence", pa.float64()),
-        ("measured_skin_ita", pa.float64()),
-        ("measured_skin_tone", pa.string()),
-        ("measured_fitzpatrick", pa.int64()),
-        ("measured_skin_confidence", pa.float64()),
-    ]
-)
 
 
 def measure(pixels: np.ndarray) -> dict[str, Any]:

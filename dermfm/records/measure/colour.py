@@ -9,9 +9,9 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
+from dermfm.records.measure.columns import COLOURS
 from dermfm.records.measure.mask import LesionMask, to_lab
 
-COLOURS = ("white", "red", "light brown", "dark brown", "blue-gray", "black")
 MIN_SHARE = 0.05  # of the lesion, from which a colour is named
 # Share of red, green and blue in skin light (linear sRGB) of ITA 30 degrees: L* 59, a* 11, b* 18.
 SKIN_CHROMATICITY = np.array([0.475, 0.304, 0.221])
@@ -63,11 +63,21 @@ def colour_shares(found: LesionMask) -> np.ndarray:
 
 
 def _linear(pixels: np.ndarray) -> np.ndarray:
-    value = pixels.astype(np.float32) / 255
-    return np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
+    """Linear sRGB 0…1 of sRGB uint8 (IEC 61966-2-1), by table."""
+    return _LINEAR[pixels]
 
 
 def _encoded(linear: np.ndarray) -> np.ndarray:
-    linear = np.clip(linear, 0, 1)
-    value = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
-    return (255 * value + 0.5).astype(np.uint8)
+    return _ENCODED[(np.clip(linear, 0, 1) * (len(_ENCODED) - 1) + 0.5).astype(np.int32)]
+
+
+def _tables() -> tuple[np.ndarray, np.ndarray]:
+    """sRGB to linear for 256 values, linear to sRGB uint8 for 65,536."""
+    value = np.arange(256) / 255
+    linear = np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
+    steps = np.linspace(0, 1, 1 << 16)
+    encoded = np.where(steps <= 0.0031308, 12.92 * steps, 1.055 * steps ** (1 / 2.4) - 0.055)
+    return linear.astype(np.float32), (255 * encoded + 0.5).astype(np.uint8)
+
+
+_LINEAR, _ENCODED = _tables()

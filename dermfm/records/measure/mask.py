@@ -7,6 +7,8 @@ the lesion's colour.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -78,7 +80,7 @@ def find_lesion(pixels: np.ndarray) -> LesionMask:
     for turn in range(ROUNDS):
         skin = fit_skin(smooth, outside, degree=1 if turn == 0 else 2)
         distance = unlikeness(skin_distance(smooth, skin, outside))
-        mask, score = best_piece(distance, valid)
+        mask, score = best_piece(distance, valid, LEVELS if turn == ROUNDS - 1 else LEVELS[::2])
         outside = valid & ~_grown(mask, 0.06)
         if outside.sum() < 0.02 * outside.size:
             outside = border_ring(valid) & ~mask
@@ -92,14 +94,14 @@ def unlikeness(distance: np.ndarray) -> np.ndarray:
     return distance**2 / (distance**2 + CERTAIN**2)
 
 
-def best_piece(distance: np.ndarray, valid: np.ndarray) -> tuple[np.ndarray, float]:
+def best_piece(distance: np.ndarray, valid: np.ndarray, shares: Sequence[float]) -> tuple[np.ndarray, float]:
     """The piece that stands out best among several thresholds of the distance from skin, and its score 0…1.
 
     One threshold takes only the core of a lesion with a dark core, or all the blotches of uneven skin.
     """
     values = distance[valid]
     low, high = np.quantile(values, 0.3), np.quantile(values, 0.995)
-    levels = [otsu(values), *(low + (high - low) * share for share in LEVELS)]
+    levels = [otsu(values), *(low + (high - low) * share for share in shares)]
     best, best_score = np.zeros_like(valid), 0.0
     for level in levels:
         piece = central_piece((distance > level) & valid)
@@ -123,7 +125,7 @@ def piece_score(piece: np.ndarray, distance: np.ndarray, valid: np.ndarray) -> f
     edge = outermost(valid)
     touching = float((piece & edge).sum() / max(int(edge.sum()), 1))
     weight = centre_weight(piece.shape)
-    central = float(weight[piece].mean() / np.sort(weight[valid])[-int(piece.sum()) :].mean())
+    central = float(weight[piece].mean()) / _best_centrality(piece.shape, int(piece.sum()))
     return float(
         np.clip((gap - 0.5) / 3, 0, 1)
         * max(0.0, 1 - 1.5 * touching)
@@ -142,7 +144,8 @@ def compactness(piece: np.ndarray) -> float:
 
 def inside_frame(pixels: np.ndarray) -> np.ndarray:
     """False where a black surround that reaches the picture's border lies; bool [H, W]."""
-    dark = (pixels.max(axis=2) < BLACK).astype(np.uint8)
+    brightest = np.maximum(np.maximum(pixels[..., 0], pixels[..., 1]), pixels[..., 2])
+    dark = (brightest < BLACK).astype(np.uint8)
     if not dark.any():
         return np.ones(dark.shape, bool)
     _, labels = cv2.connectedComponents(dark)
@@ -169,16 +172,14 @@ def fit_skin(lab: np.ndarray, outside: np.ndarray, degree: int) -> np.ndarray:
     length so that moles, ink and rulers there do not count.
     """
     height, width = outside.shape
-    y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j].astype(np.float32)
-    terms = [np.ones_like(x), x, y] + ([x * x, x * y, y * y] if degree == 2 else [])
-    basis = np.stack(terms, axis=2)
+    basis = _polynomials((height, width), degree)
     rows, columns = np.nonzero(outside)
     step = max(1, len(rows) // 1500)
     design, colours = basis[rows[::step], columns[::step]], lab[rows[::step], columns[::step]]
-    coefficients = np.zeros((len(terms), 3), np.float32)
+    coefficients = np.zeros((basis.shape[2], 3), np.float32)
     coefficients[0] = np.median(colours, axis=0)
     # A small ridge keeps the surface flat where the pixels say nothing about it.
-    ridge = np.diag([1e-3] + [0.02 * len(design)] * (len(terms) - 1)).astype(np.float32)
+    ridge = np.diag([1e-3] + [0.02 * len(design)] * (basis.shape[2] - 1)).astype(np.float32)
     for _ in range(4):
         residual = np.linalg.norm(colours - design @ coefficients, axis=1)
         scale = 1.5 * np.median(residual) + 0.5
@@ -187,6 +188,13 @@ def fit_skin(lab: np.ndarray, outside: np.ndarray, degree: int) -> np.ndarray:
         pull = ridge * weight.mean()
         coefficients = np.linalg.solve(weighted.T @ design + pull, weighted.T @ colours + pull @ _flat(coefficients))
     return basis @ coefficients
+
+
+@functools.lru_cache(maxsize=8)
+def _polynomials(shape: tuple[int, int], degree: int) -> np.ndarray:
+    """[H, W, 3 or 6] float32: 1, x, y and for degree 2 also x², xy, y², with x and y in -1…1."""
+    y, x = np.mgrid[-1 : 1 : shape[0] * 1j, -1 : 1 : shape[1] * 1j].astype(np.float32)
+    return np.stack([np.ones_like(x), x, y, *([x * x, x * y, y * y] if degree == 2 else [])], axis=2)
 
 
 def _flat(coefficients: np.ndarray) -> np.ndarray:
@@ -200,12 +208,14 @@ def skin_distance(lab: np.ndarray, skin: np.ndarray, outside: np.ndarray) -> np.
     """Mahalanobis distance of every pixel from the skin: float32 [H, W], in deviations."""
     difference = lab - skin
     sample = difference[outside]
+    sample = sample[:: max(1, len(sample) // 4000)]
     if len(sample) > 4:
         length = np.linalg.norm(sample, axis=1)
         sample = sample[length <= np.quantile(length, 0.85)]
     covariance = np.cov(sample.T) if len(sample) > 4 else np.zeros((3, 3))
     whitener = np.linalg.cholesky(np.linalg.inv(covariance + NOISE**2 * np.eye(3))).astype(np.float32)
-    return np.linalg.norm(difference @ whitener, axis=2)
+    white = difference @ whitener
+    return np.sqrt(np.einsum("hwc,hwc->hw", white, white))
 
 
 def otsu(values: np.ndarray) -> float:
@@ -237,10 +247,22 @@ def central_piece(mask: np.ndarray) -> np.ndarray:
     return filled(piece)
 
 
+@functools.lru_cache(maxsize=8)
 def centre_weight(shape: tuple[int, ...]) -> np.ndarray:
     """1 in the centre, falling off as a Gaussian of a quarter of the side."""
     y, x = np.mgrid[-1 : 1 : shape[0] * 1j, -1 : 1 : shape[1] * 1j]
     return np.exp(-(x * x + y * y) / (2 * 0.5**2))
+
+
+@functools.lru_cache(maxsize=8)
+def _centralities(shape: tuple[int, ...]) -> np.ndarray:
+    """Largest possible mean weight of 1, 2, … pixels."""
+    weight = np.sort(centre_weight(shape).ravel())[::-1]
+    return np.cumsum(weight) / np.arange(1, weight.size + 1)
+
+
+def _best_centrality(shape: tuple[int, ...], num_pixels: int) -> float:
+    return float(_centralities(shape)[num_pixels - 1])
 
 
 def filled(piece: np.ndarray) -> np.ndarray:
