@@ -10,11 +10,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dermfm.config import REQUIRED, InputError, check_range, key, short_hash, to_dict
+from dermfm.config import REQUIRED, InputError, check_choice, check_range, key, short_hash, to_dict
 from dermfm.records.adapters import ADAPTERS
 from dermfm.records.csvtable import looks_like, read_text
 from dermfm.records.duplicates import HASH_BITS, duplicate_pairs
-from dermfm.records.groups import assign_groups, count_lesion_conflicts
+from dermfm.records.groups import assign_groups, count_lesion_conflicts, drop_copies
 from dermfm.records.images import all_image_facts
 from dermfm.records.measure.job import measure_records
 from dermfm.records.parts import Place
@@ -24,6 +24,7 @@ from dermfm.records.source import AtlasConfig, Losses, Reading, SourceConfig
 from dermfm.records.splits import assign_splits
 from dermfm.records.table import Record, read_records, to_table, write_records
 
+COPIES = ("group", "drop")
 UNREADABLE = "unreadable images"
 CONFLICTS = "records whose label and diagnosis text name different classes"
 FINGERPRINT = b"dermfm_inputs"
@@ -40,6 +41,7 @@ class RecordsConfig(SourceConfig):
     test: float = key(0.2, "share of images (by group) for testing, per data set and class")
     duplicate_distance: int = key(16, "compare images whose perceptual hashes differ in at most so many bits; -1: none")
     duplicate_similarity: float = key(0.85, "compared images of at least this similarity are one group (duplicates.py)")
+    copies: str = key("group", "copies of one photograph: group (kept, on one side) | drop (one of them is kept)")
     drop_conflicts: bool = key(True, "leave out records whose label and diagnosis text name different classes")
     drop_unlabelled: bool = key(False, "leave out records whose diagnosis maps to no class")
     workers: int = key(0, "processes that read or draw images; 0: one a core")
@@ -54,6 +56,7 @@ class RecordsConfig(SourceConfig):
         check_range("test", self.test, 0, 1)
         if self.valid + self.test > 1:
             raise ValueError(f"valid + test: {self.valid + self.test:g} is not valid; together at most 1")
+        check_choice("copies", self.copies, COPIES)
         check_range("duplicate_distance", self.duplicate_distance, -1, HASH_BITS // 2)
         check_range("duplicate_similarity", self.duplicate_similarity, 0.5, 1)
         check_range("workers", self.workers, 0)
@@ -111,8 +114,10 @@ def build_records(config: RecordsConfig, dry_run: bool = False) -> Built:
         raise InputError(f"{out}: no record is left; {'; '.join(losses.lines()) or 'the sources are empty'}")
     hashes = [record.phash or "" for record in records]
     distance = -1 if dry_run else config.duplicate_distance
-    pairs = duplicate_pairs(hashes, thumbnails, distance, config.duplicate_similarity)
+    pairs = list(duplicate_pairs(hashes, thumbnails, distance, config.duplicate_similarity))
     assign_groups(records, pairs, losses)
+    if config.copies == "drop":
+        records = drop_copies(records, pairs, losses)
     assign_splits(records, config.seed, config.valid, config.test, losses)
     table = to_table(records, out.parent).replace_schema_metadata({FINGERPRINT: inputs.encode()})
     if not dry_run:
@@ -123,9 +128,10 @@ def build_records(config: RecordsConfig, dry_run: bool = False) -> Built:
 def inputs_fingerprint(config: RecordsConfig, sources: list[SourceConfig]) -> str:
     """Hash of everything that decides the records: settings, and size and time of the tables and images."""
     settings = {k: v for k, v in to_dict(config).items() if k not in ("out", "workers", "address", "overwrite")}
-    # Tables beside the named one may be read as well (MILK10k has three).
-    named = [Path(source.table) for source in sources if source.table]
-    tables = {*named, *(f for table in named for f in table.parent.glob("*.csv"))}
+    # Tables beside the named one may be read as well (MILK10k has three), or below a folder (the reference study's).
+    named = [Path(name) for source in sources for name in (source.table, source.split_tables) if name]
+    folders = [table if table.is_dir() else table.parent for table in named]
+    tables = {*named, *(f for folder in folders for f in (*folder.glob("*.csv"), *folder.glob("*/*.csv")))}
     images = {f for source in sources if source.images for f in Path(source.images).rglob("*")}
     stats = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(tables | images) if f.is_file()]
     return short_hash([settings, stats])

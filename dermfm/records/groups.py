@@ -19,6 +19,7 @@ from dermfm.records.vocabulary import CLASS_CODES, FAMILY_OF
 WITHIN, ACROSS = "duplicate images within a data set", "duplicate images across data sets"
 OTHER_LABEL = "duplicate images with different labels"
 LESION_LABELS = "lesions whose images have different labels"
+DROPPED = "copies left out"
 
 
 def assign_groups(records: Sequence[Record], duplicates: Iterable[tuple[int, int]], losses: Losses) -> None:
@@ -28,15 +29,38 @@ def assign_groups(records: Sequence[Record], duplicates: Iterable[tuple[int, int
         pairs.append((i, j))
         if not _same_lesion(records[i], records[j]):
             _count(records[i], records[j], losses)
-    rows, columns = np.array(pairs or [(0, 0)]).T
-    size = len(records)
-    graph = coo_matrix((np.ones(len(rows)), (rows, columns)), shape=(size, size))
-    _, component = connected_components(graph, directed=False)
+    component = _components(len(records), pairs)
+    ids = [record.record_id for record in records]
     smallest: dict[int, str] = {}
-    for record, number in zip(records, component.tolist(), strict=True):
-        smallest[number] = min(smallest.get(number, record.record_id), record.record_id)
-    for record, number in zip(records, component.tolist(), strict=True):
+    for name, number in zip(ids, component, strict=True):
+        smallest[number] = min(smallest.get(number, name), name)
+    for record, number in zip(records, component, strict=True):
         record.group_id = smallest[number]
+
+
+def drop_copies(records: Sequence[Record], duplicates: Iterable[tuple[int, int]], losses: Losses) -> list[Record]:
+    """One record of every set of copies, in order; the others are counted.
+
+    A test-only record is kept before others (external test sets stay whole), a labelled one before one without a label,
+    then the first. Call it after `assign_groups`: what a copy links stays linked.
+    """
+    copies: dict[int, list[int]] = defaultdict(list)
+    for i, number in enumerate(_components(len(records), list(duplicates))):
+        copies[number].append(i)
+    kept = {
+        min(each, key=lambda i: (not records[i].test_only, records[i].label is None, i)) for each in copies.values()
+    }
+    for i, record in enumerate(records):
+        if i not in kept:
+            losses.add(DROPPED, f"{record.dataset}/{record.source_id}")
+    return [records[i] for i in sorted(kept)]
+
+
+def _components(size: int, pairs: Sequence[tuple[int, int]]) -> list[int]:
+    """The number of the connected component of each of `size` items."""
+    rows, columns = np.array(pairs or [(0, 0)]).T
+    graph = coo_matrix((np.ones(len(rows)), (rows, columns)), shape=(size, size))
+    return connected_components(graph, directed=False)[1].tolist()
 
 
 def _shared_ids(records: Sequence[Record]) -> Iterator[tuple[int, int]]:
