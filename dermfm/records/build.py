@@ -27,7 +27,7 @@ from dermfm.records.table import Record, read_records, to_table, write_records
 COPIES = ("group", "drop")
 UNREADABLE = "unreadable images"
 CONFLICTS = "records whose label and diagnosis text name different classes"
-FINGERPRINT = b"dermfm_inputs"
+FINGERPRINT, LOSSES = b"dermfm_inputs", b"dermfm_losses"  # metadata of the file
 
 
 @dataclass(kw_only=True)
@@ -101,7 +101,8 @@ def build_records(config: RecordsConfig, dry_run: bool = False) -> Built:
     sources = resolved_sources(config)
     inputs = inputs_fingerprint(config, sources)
     if not config.overwrite and not dry_run and _is_current(out, inputs):
-        return Built(read_records(out), Losses(), was_there=True)
+        there = read_records(out)
+        return Built(there, Losses.from_json((there.schema.metadata or {}).get(LOSSES, b"")), was_there=True)
     reading = Reading(out.parent, config.workers, dry_run)
     losses = reading.losses
     records = _read_sources(sources, reading)
@@ -119,7 +120,9 @@ def build_records(config: RecordsConfig, dry_run: bool = False) -> Built:
     if config.copies == "drop":
         records = drop_copies(records, pairs, losses)
     assign_splits(records, config.seed, config.valid, config.test, losses)
-    table = to_table(records, out.parent).replace_schema_metadata({FINGERPRINT: inputs.encode()})
+    table = to_table(records, out.parent).replace_schema_metadata(
+        {FINGERPRINT: inputs.encode(), LOSSES: losses.to_json()}
+    )
     if not dry_run:
         write_records(table, out)
     return Built(table, losses)

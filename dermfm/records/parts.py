@@ -62,7 +62,7 @@ def run_parts(
 
     A row of the schema column "bytes" is taken as done only while its target has that size.
     """
-    done = read_rows(folder)
+    done = read_rows(folder, schema.names)
     left = [task for task in tasks if not _is_done(task, done.get(task.key))]
     if not left:
         return done
@@ -77,10 +77,14 @@ def run_parts(
     return done
 
 
-def read_rows(folder: Path) -> dict[str, Row]:
-    """key → row of all finished parts of a folder; of a key that was done again the newest part counts."""
+def read_rows(folder: Path, columns: Sequence[str]) -> dict[str, Row]:
+    """key → row of all finished parts of a folder; of a key that was done again the newest part counts.
+
+    Parts of an older version without one of the columns are passed over.
+    """
     files = sorted(folder.glob("*.parquet"), key=lambda file: file.stat().st_mtime_ns)
-    return {row["key"]: row for file in files for row in pq.read_table(file).to_pylist()}
+    tables = (pq.read_table(file) for file in files if set(columns) <= set(pq.read_schema(file).names))
+    return {row["key"]: row for table in tables for row in table.to_pylist()}
 
 
 def do_part(part: Sequence[Task], work: Work, folder: Path, schema: pa.Schema) -> list[Row]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,7 +86,7 @@ class SourceConfig:
         return self.splits == "test" or dataset in self.test_only
 
 
-NAMED = 10
+NAMED, KEPT = 10, 1000
 
 
 @dataclass
@@ -101,6 +102,24 @@ class Losses:
     def count(self, kind: str) -> int:
         """Number of items of `kind`."""
         return sum(self.kinds.get(kind, Counter()).values())
+
+    def to_json(self) -> bytes:
+        """As the records' file keeps it, so that a report can tell it later; of a kind at most KEPT names are kept."""
+        kept = {
+            kind: {"count": self.count(kind), "names": names.most_common(KEPT)} for kind, names in self.kinds.items()
+        }
+        return json.dumps(kept, ensure_ascii=False).encode()
+
+    @classmethod
+    def from_json(cls, text: bytes) -> Losses:
+        """What `to_json` kept; counts stay whole: names beyond KEPT count under "…"."""
+        losses = cls()
+        for kind, kept in json.loads(text or b"{}").items():
+            names = Counter(dict(kept["names"]))
+            if (rest := kept["count"] - sum(names.values())) > 0:
+                names["…"] = rest
+            losses.kinds[kind] = names
+        return losses
 
     def lines(self) -> list[str]:
         """One line a kind: 'kind: 5 (a, b ×3, c)'; the most frequent ten are named."""

@@ -25,6 +25,8 @@ IMAGES, PARTS = "images", "prepared"  # folders below `records/`
 SCHEMA = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),
+        pa.field("source", pa.string()),
+        pa.field("target", pa.string()),
         pa.field("width", pa.int64()),
         pa.field("height", pa.int64()),
         pa.field("bytes", pa.int64()),
@@ -88,7 +90,7 @@ def prepare_part(tasks: Sequence[Task], config: dict[str, Any]) -> list[Row]:
 
 
 def _prepare_one(task: Task, config: PreprocessConfig) -> Row:
-    row: Row = dict.fromkeys(SCHEMA.names) | {"key": task.key}
+    row: Row = dict.fromkeys(SCHEMA.names) | {"key": task.key, "source": task.source, "target": task.target}
     try:
         with open(task.source, "rb") as file:
             data = file.read()
