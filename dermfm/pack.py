@@ -26,8 +26,9 @@ import simplejpeg
 from PIL import Image, ImageOps
 
 from dermfm.config import InputError, canonical_json
-from dermfm.pack_plan import NOTE_FIELDS, PLAN, SPLITS, Plan, ShardsConfig, make_plan, settings
+from dermfm.pack_plan import NOTE_FIELDS, PLAN, Plan, ShardsConfig, make_plan, settings
 from dermfm.progress import Meter
+from dermfm.records.table import SPLITS
 from shards.index import index_path
 from shards.manifest import FILE_NAME, Manifest, ShardInfo, write_manifest, write_text
 from shards.writer import write_shard

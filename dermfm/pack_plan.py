@@ -15,11 +15,10 @@ import pyarrow.compute as pc
 
 from dermfm.config import InputError, canonical_json, check_range, check_share, key, nearest, short_hash
 from dermfm.notes.store import read_notes
-from dermfm.records.table import read_records
+from dermfm.records.table import SPLITS, read_records
 from shards.manifest import FILE_NAME
 
 PLAN = "plan.json"
-SPLITS = ("train", "valid", "test")
 NOTE_FIELDS = ("note_id", "strategy", "engine", "label_access", "text")
 
 

@@ -39,7 +39,8 @@ JOBS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 FOLDER_JOBS = ("status", "cancel")  # `dermfm status runs/my` is `dermfm status run=runs/my`
 PIPELINE = "pipeline"
-FLAGS = ("--explain", "--dry-run", "--help", "-h")
+FLAGS = ("--explain", "--dry-run", "--report", "--help", "-h")
+REPORTING = ("records",)  # jobs that take --report
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Call:
     dry_run: bool
     explain: bool
     help: bool
+    report: bool = False
     target: Call | None = None  # of `submit`: the job that is handed over
 
 
@@ -102,6 +104,8 @@ def parse(argv: Sequence[str]) -> Call:
     for flag in flags:
         if flag not in FLAGS:
             raise InputError(f"unknown option '{flag}'; {nearest(flag, FLAGS)}")
+    if "--report" in flags and job not in REPORTING:
+        raise InputError(f"{job} takes no --report; jobs that do: {', '.join(REPORTING)}")
     words = [a for a in rest if not a.startswith("-")]
     overrides = tuple(a for a in words if "=" in a)
     plain = [a for a in words if "=" not in a]
@@ -121,6 +125,7 @@ def parse(argv: Sequence[str]) -> Call:
         dry_run="dry_run" in chosen,
         explain="explain" in chosen,
         help=bool(chosen & {"help", "h"}),
+        report="report" in chosen,
     )
 
 
@@ -148,7 +153,8 @@ def usage() -> str:
     return (
         "dermfm <job> [verb] [config.yaml] [key=value …] [--explain | --dry-run | --help]\n\n"
         f"Jobs\n{jobs}\n\n"
-        "--explain prints every key with its value and origin; --dry-run prints what would be done.\n"
+        "--explain prints every key with its value and origin; --dry-run prints what would be done;\n"
+        "records --report writes a page about the records.\n"
         "Exit codes: 0 done, 1 failed, 2 bad input, 75 stopped and resumable (the same command continues)."
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,18 +10,24 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dermfm.config import REQUIRED, InputError, check_range, key, short_hash, to_dict
+from dermfm.config import REQUIRED, InputError, check_choice, check_range, key, short_hash, to_dict
 from dermfm.records.adapters import ADAPTERS
+from dermfm.records.csvtable import looks_like, read_text
 from dermfm.records.duplicates import HASH_BITS, duplicate_pairs
-from dermfm.records.groups import assign_groups
+from dermfm.records.groups import assign_groups, count_lesion_conflicts, drop_copies
 from dermfm.records.images import all_image_facts
+from dermfm.records.measure.job import measure_records
+from dermfm.records.parts import Place
+from dermfm.records.preprocess.config import PreprocessConfig
+from dermfm.records.preprocess.job import preprocess_records
 from dermfm.records.source import AtlasConfig, Losses, Reading, SourceConfig
 from dermfm.records.splits import assign_splits
 from dermfm.records.table import Record, read_records, to_table, write_records
 
+COPIES = ("group", "drop")
 UNREADABLE = "unreadable images"
 CONFLICTS = "records whose label and diagnosis text name different classes"
-FINGERPRINT = b"dermfm_inputs"
+FINGERPRINT, LOSSES = b"dermfm_inputs", b"dermfm_losses"  # metadata of the file
 
 
 @dataclass(kw_only=True)
@@ -34,9 +41,13 @@ class RecordsConfig(SourceConfig):
     test: float = key(0.2, "share of images (by group) for testing, per data set and class")
     duplicate_distance: int = key(16, "compare images whose perceptual hashes differ in at most so many bits; -1: none")
     duplicate_similarity: float = key(0.85, "compared images of at least this similarity are one group (duplicates.py)")
+    copies: str = key("group", "copies of one photograph: group (kept, on one side) | drop (one of them is kept)")
     drop_conflicts: bool = key(True, "leave out records whose label and diagnosis text name different classes")
     drop_unlabelled: bool = key(False, "leave out records whose diagnosis maps to no class")
     workers: int = key(0, "processes that read or draw images; 0: one a core")
+    preprocess: PreprocessConfig = key(PreprocessConfig, "image preprocessing; see configs/data/preprocess/")
+    measure: bool = key(False, "measure the lesion's attributes from the pixels: columns measured_*")
+    address: str | None = key(None, "Ray cluster for images, for example auto; null: this machine's own cores")
     overwrite: bool = key(False, "build again even where the file is up to date")
 
     def __post_init__(self) -> None:
@@ -45,6 +56,7 @@ class RecordsConfig(SourceConfig):
         check_range("test", self.test, 0, 1)
         if self.valid + self.test > 1:
             raise ValueError(f"valid + test: {self.valid + self.test:g} is not valid; together at most 1")
+        check_choice("copies", self.copies, COPIES)
         check_range("duplicate_distance", self.duplicate_distance, -1, HASH_BITS // 2)
         check_range("duplicate_similarity", self.duplicate_similarity, 0.5, 1)
         check_range("workers", self.workers, 0)
@@ -68,8 +80,15 @@ def resolved_sources(config: RecordsConfig) -> list[SourceConfig]:
         inherited = {name: getattr(source, name) or getattr(own, name) for name in ("layout", "images", "table")}
         sources.append(dataclasses.replace(source, **inherited))
         if not inherited["layout"]:
-            raise InputError(f"layout is required; one of {', '.join(ADAPTERS)}")
+            raise InputError(f"layout is required{_hint(inherited['table'])}; one of {', '.join(ADAPTERS)}")
     return sources
+
+
+def _hint(table: str) -> str:
+    if not Path(table).is_file() or Path(table).suffix.lower() not in (".csv", ".txt", ".tsv"):
+        return ""
+    kind = looks_like(next(csv.reader(read_text(Path(table)).splitlines()[:1]), []))
+    return f"; {table} looks like {kind}" if kind else ""
 
 
 def build_records(config: RecordsConfig, dry_run: bool = False) -> Built:
@@ -82,21 +101,28 @@ def build_records(config: RecordsConfig, dry_run: bool = False) -> Built:
     sources = resolved_sources(config)
     inputs = inputs_fingerprint(config, sources)
     if not config.overwrite and not dry_run and _is_current(out, inputs):
-        return Built(read_records(out), Losses(), was_there=True)
+        there = read_records(out)
+        return Built(there, Losses.from_json((there.schema.metadata or {}).get(LOSSES, b"")), was_there=True)
     reading = Reading(out.parent, config.workers, dry_run)
     losses = reading.losses
-    records = _drop(_read_sources(sources, reading), config, losses)
+    records = _read_sources(sources, reading)
+    count_lesion_conflicts(records, losses)
+    records = _drop(records, config, losses)
     thumbnails: list[bytes] = []
     if not dry_run:
-        records, thumbnails = _measure(records, config.workers, losses)
+        records, thumbnails = image_work(records, config, reading)
     if not records:
         raise InputError(f"{out}: no record is left; {'; '.join(losses.lines()) or 'the sources are empty'}")
     hashes = [record.phash or "" for record in records]
     distance = -1 if dry_run else config.duplicate_distance
-    pairs = duplicate_pairs(hashes, thumbnails, distance, config.duplicate_similarity)
+    pairs = list(duplicate_pairs(hashes, thumbnails, distance, config.duplicate_similarity))
     assign_groups(records, pairs, losses)
+    if config.copies == "drop":
+        records = drop_copies(records, pairs, losses)
     assign_splits(records, config.seed, config.valid, config.test, losses)
-    table = to_table(records, out.parent).replace_schema_metadata({FINGERPRINT: inputs.encode()})
+    table = to_table(records, out.parent).replace_schema_metadata(
+        {FINGERPRINT: inputs.encode(), LOSSES: losses.to_json()}
+    )
     if not dry_run:
         write_records(table, out)
     return Built(table, losses)
@@ -104,10 +130,11 @@ def build_records(config: RecordsConfig, dry_run: bool = False) -> Built:
 
 def inputs_fingerprint(config: RecordsConfig, sources: list[SourceConfig]) -> str:
     """Hash of everything that decides the records: settings, and size and time of the tables and images."""
-    settings = {k: v for k, v in to_dict(config).items() if k not in ("out", "workers", "overwrite")}
-    # Tables beside the named one may be read as well (MILK10k has three).
-    named = [Path(source.table) for source in sources if source.table]
-    tables = {*named, *(f for table in named for f in table.parent.glob("*.csv"))}
+    settings = {k: v for k, v in to_dict(config).items() if k not in ("out", "workers", "address", "overwrite")}
+    # Tables beside the named one may be read as well (MILK10k has three), or below a folder (the reference study's).
+    named = [Path(name) for source in sources for name in (source.table, source.split_tables) if name]
+    folders = [table if table.is_dir() else table.parent for table in named]
+    tables = {*named, *(f for folder in folders for f in (*folder.glob("*.csv"), *folder.glob("*/*.csv")))}
     images = {f for source in sources if source.images for f in Path(source.images).rglob("*")}
     stats = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(tables | images) if f.is_file()]
     return short_hash([settings, stats])
@@ -148,16 +175,25 @@ def _drop(records: list[Record], config: RecordsConfig, losses: Losses) -> list[
     return kept
 
 
-def _measure(records: list[Record], workers: int, losses: Losses) -> tuple[list[Record], list[bytes]]:
-    """Size and perceptual hash of every image, and the thumbnails; unreadable images are left out and counted."""
+def image_work(records: list[Record], config: RecordsConfig, reading: Reading) -> tuple[list[Record], list[bytes]]:
+    """Everything that opens the images, and the only place that does; not called in a dry run.
+
+    Fills width, height, phash (and `measured`) of every record; `path` changes where a new image is made. Returns the
+    records whose image can be read, in order, and their thumbnails; the others are counted.
+    """
+    place = Place(config.workers, config.address)
+    if config.preprocess.enabled:
+        records = preprocess_records(records, config.preprocess, reading.folder, place, reading.losses)
     kept, thumbnails = [], []
-    for record, facts in zip(records, all_image_facts([r.path for r in records], workers), strict=True):
+    for record, facts in zip(records, all_image_facts([r.path for r in records], config.workers), strict=True):
         if facts.error:
-            losses.add(UNREADABLE, f"{record.path.name}: {facts.error}")
+            reading.losses.add(UNREADABLE, f"{record.path.name}: {facts.error}")
             continue
         record.width, record.height, record.phash = facts.width, facts.height, facts.phash
         kept.append(record)
         thumbnails.append(facts.thumbnail)
+    if config.measure:
+        measure_records(kept, reading.folder, place, reading.losses)
     return kept, thumbnails
 
 

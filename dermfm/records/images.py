@@ -40,6 +40,7 @@ class ImageFolder:
         if not self.folder.is_dir():
             raise InputError(f"images={folder}: no such folder")
         self._by_stem: dict[str, list[Path]] = {}
+        self._by_folded: dict[str, list[str]] = {}
         for root, folders, names in os.walk(self.folder):
             folders.sort()
             for name in sorted(names):
@@ -48,23 +49,47 @@ class ImageFolder:
                     self._by_stem.setdefault(stem, []).append(Path(root, name))
         if not self._by_stem:
             raise InputError(f"images={folder}: holds no image ({', '.join(SUFFIXES)})")
+        for stem in self._by_stem:
+            self._by_folded.setdefault(stem.casefold(), []).append(stem)
 
-    def find(self, dataset: str, source_id: str) -> Path | None:
-        """`<folder>/<dataset>/<id>.*`, else `<folder>/<id>.*`, else the only image of that name anywhere below."""
-        stem, suffix = os.path.splitext(source_id)
-        stem = stem if suffix.lower() in SUFFIXES else source_id
-        paths = self._by_stem.get(stem, [])
-        for place in (self.folder / dataset, self.folder):
-            here = [path for path in paths if path.parent == place]
+    def find(self, dataset: str, name: str) -> Path | None:
+        """`<folder>/<dataset>/<name>.*`, else `<folder>/<name>.*`, else the only image of that name anywhere below.
+
+        `name` may have a suffix, which need not be the file's, and folders: then one in other folders is no match.
+        Upper and lower case may differ where that is unambiguous (publishers' tables do).
+        """
+        place, _, last = name.replace("\\", "/").rpartition("/")
+        stem, suffix = os.path.splitext(last)
+        stem = stem if suffix.lower() in SUFFIXES else last
+        stems = [stem] if stem in self._by_stem else self._by_folded.get(stem.casefold(), [])
+        if len(stems) != 1:
+            return None
+        paths = self._by_stem[stems[0]]
+        for expected in (self.folder / dataset / place, self.folder / place, self.folder / dataset, self.folder):
+            here = [path for path in paths if path.parent == expected]
             if here:
                 return here[0]
+        paths = [path for path in paths if not place or _ends_with(path.parent, place)]
         return paths[0] if len(paths) == 1 else None
+
+    def paths(self) -> list[Path]:
+        """All images, sorted."""
+        return sorted(path for paths in self._by_stem.values() for path in paths)
+
+    def resembling(self, name: str) -> str | None:
+        """The stem of an image of which `name` is a part, or that is a part of it; None without one."""
+        stem = os.path.splitext(name.rpartition("/")[2])[0]
+        return next((other for other in self._by_stem if stem and (stem in other or other in stem)), None)
 
     def unnamed(self, named: set[Path], datasets: set[str]) -> list[Path]:
         """Images that no row names: below `<folder>/<dataset>` where such folders exist, else below the folder."""
-        own = {self.folder / dataset for dataset in datasets if (self.folder / dataset).is_dir()}
-        every = (path for paths in self._by_stem.values() for path in paths if path not in named)
-        return sorted(path for path in every if not own or path.parent in own)
+        own = {str(self.folder / dataset) for dataset in datasets if (self.folder / dataset).is_dir()}
+        every = [path for paths in self._by_stem.values() for path in paths if path not in named]
+        return sorted(path for path in every if not own or os.path.dirname(path) in own)
+
+
+def _ends_with(folder: Path, place: str) -> bool:
+    return f"/{folder.as_posix()}/".casefold().endswith(f"/{place}/".casefold())
 
 
 def image_facts(path: Path) -> ImageFacts:

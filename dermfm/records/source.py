@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +10,21 @@ from pathlib import Path
 from dermfm.config import check_choice, check_range, key
 from dermfm.records.vocabulary import MODALITIES
 
-LAYOUTS = ["generic", "ham10000", "milk10k", "atlas"]
+LAYOUTS = [
+    "generic",
+    "isic",
+    "ham10000",
+    "milk10k",
+    "pad_ufes_20",
+    "derm7pt",
+    "fitzpatrick17k",
+    "mra_midas",
+    "ph2",
+    "folders",
+    "derm1m",
+    "reference",
+    "atlas",
+]
 SPLIT_RULES = ["lesions", "test", "given"]
 
 
@@ -40,12 +55,14 @@ class SourceConfig:
 
     layout: str = key("", f"table layout: {', '.join(LAYOUTS)}")
     images: str = key("", "folder of the images (searched by exact file name, with or without a folder per data set)")
-    table: str = key("", "table file of the data set")
-    dataset: str = key("", "name of the data set where the table does not name it (generic)")
+    table: str = key("", "table file of the data set (layout=reference: the folder of the tables)")
+    dataset: str = key("", "name of the data set where the table does not name it (generic, isic, folders)")
+    pattern: str = key("", "layout=folders: regular expression of a path below `images` without suffix, see folders.py")
     datasets: list[str] = key([], "read only these data sets of the source; empty means all")
     splits: str = key(
-        "lesions", "lesions: train/valid/test by lesion; test: test only; given: the table's column split"
+        "lesions", "lesions: train/valid/test by lesion; test: test only; given: as the publisher or study split it"
     )
+    split_tables: str = key("", "splits=given: folder of the reference study's CSVs, to take its split for these ids")
     test_only: list[str] = key([], "data sets of this source that are test only (external)")
     modality: str = key("", "dermoscopic or clinical, where the table does not say")
     licence: str = key("", "licence, where the table does not say")
@@ -69,7 +86,7 @@ class SourceConfig:
         return self.splits == "test" or dataset in self.test_only
 
 
-NAMED = 10
+NAMED, KEPT = 10, 1000
 
 
 @dataclass
@@ -85,6 +102,24 @@ class Losses:
     def count(self, kind: str) -> int:
         """Number of items of `kind`."""
         return sum(self.kinds.get(kind, Counter()).values())
+
+    def to_json(self) -> bytes:
+        """As the records' file keeps it, so that a report can tell it later; of a kind at most KEPT names are kept."""
+        kept = {
+            kind: {"count": self.count(kind), "names": names.most_common(KEPT)} for kind, names in self.kinds.items()
+        }
+        return json.dumps(kept, ensure_ascii=False).encode()
+
+    @classmethod
+    def from_json(cls, text: bytes) -> Losses:
+        """What `to_json` kept; counts stay whole: names beyond KEPT count under "…"."""
+        losses = cls()
+        for kind, kept in json.loads(text or b"{}").items():
+            names = Counter(dict(kept["names"]))
+            if (rest := kept["count"] - sum(names.values())) > 0:
+                names["…"] = rest
+            losses.kinds[kind] = names
+        return losses
 
     def lines(self) -> list[str]:
         """One line a kind: 'kind: 5 (a, b ×3, c)'; the most frequent ten are named."""

@@ -16,6 +16,7 @@ from dermfm.records.table import SPLITS, Record
 
 MOVED = "records moved to test because an external data set shares their group"
 LEAK = "groups that the given split divides"
+TWICE = "images that the given split puts on two sides, taken for the later one"
 
 Stratum = tuple[str, int | None]
 

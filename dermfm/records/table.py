@@ -14,10 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dermfm.config import InputError, nearest, read_file, short_hash
+from dermfm.records.measure.columns import SCHEMA as MEASURED_SCHEMA
 from dermfm.records.vocabulary import MALIGNANCIES, MODALITIES
 
 SPLITS = ["train", "valid", "test"]
 MEASURED = "measured_"
+MEASURED_TYPES = {field.name: field.type for field in MEASURED_SCHEMA}
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -26,7 +28,8 @@ class Record:
 
     `path` is where the image lies now; the fields from `split` on that adapters leave empty are filled by
     `dermfm.records.build`. `class_label` is the class that the diagnosis texts name: a label that differs from it is
-    a conflict. `given_split` is the publisher's own split.
+    a conflict. `given_split` is the publisher's own split. `measured` holds attributes measured from the pixels, by
+    name without the prefix `measured_` of their columns; a record that lacks one has null there.
     """
 
     dataset: str
@@ -57,6 +60,7 @@ class Record:
     phash: str | None = None
     width: int = 0
     height: int = 0
+    measured: dict[str, object] = dataclasses.field(default_factory=dict)
 
     @property
     def record_id(self) -> str:
@@ -111,7 +115,12 @@ def to_table(records: Sequence[Record], folder: Path) -> pa.Table:
             columns[name] = [Path(os.path.relpath(r.path, folder)).as_posix() for r in records]
         else:
             columns[name] = [getattr(r, _FIELD_OF.get(name, name)) for r in records]
-    return pa.table(columns, schema=SCHEMA)
+    table = pa.table(columns, schema=SCHEMA)
+    for name in dict.fromkeys(name for record in records for name in record.measured):
+        kind = MEASURED_TYPES.get(MEASURED + name)
+        values = [record.measured.get(name) for record in records]
+        table = table.append_column(MEASURED + name, pa.array(values, type=kind))
+    return table
 
 
 def read_records(path: str | Path) -> pa.Table:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
 from dermfm.report.tables import Gap
 
@@ -75,6 +77,41 @@ def gap_figure(gaps: Sequence[Gap]) -> str:
         axes.set_xlabel("open: external · filled: internal")
 
     return _draw(draw, "shift gap", 6.4, 0.34 * len(gaps) + 0.9)
+
+
+def histogram_figure(title: str, unit: str, series: Mapping[str, Sequence[float]], bins: int = 30) -> str:
+    """SVG: the distribution of one value for each series, as shares of the series so that sizes compare."""
+
+    def draw(axes: Axes) -> None:
+        known = {name: np.asarray(values, float) for name, values in series.items() if len(values)}
+        low, high = (np.quantile(np.concatenate([*known.values()]), q) for q in (0.002, 0.998))
+        edges = np.linspace(low, high if high > low else low + 1, bins + 1)
+        for colour, (name, values) in zip(SERIES, known.items(), strict=False):
+            counts, _ = np.histogram(values.clip(edges[0], edges[-1]), edges)
+            axes.stairs(counts / len(values), edges, color=colour, linewidth=1.4, label=f"{name} ({len(values)})")
+        axes.set_xlabel(unit)
+        axes.margins(x=0.01)
+        axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes.legend(fontsize=8)
+
+    return _draw(draw, title)
+
+
+def bar_figure(title: str, names: Sequence[str], series: Mapping[str, Sequence[float]]) -> str:
+    """SVG: a share for every name, one bar a series."""
+
+    def draw(axes: Axes) -> None:
+        height = 0.8 / max(len(series), 1)
+        for i, (colour, (name, shares)) in enumerate(zip(SERIES, series.items(), strict=False)):
+            axes.barh(np.arange(len(names)) + i * height, shares, height * 0.9, color=colour, label=name)
+        axes.set_yticks(np.arange(len(names)) + 0.4 - height / 2, list(names))
+        axes.invert_yaxis()
+        axes.grid(visible=False, axis="y")
+        axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes.legend(fontsize=8)
+
+    return _draw(draw, title)
 
 
 def _curve(axes: Axes, points: list[tuple[float, float]]) -> None:

@@ -9,7 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from dermfm.records.adapters import atlas, generic, ham10000, milk10k
+from dermfm.records.adapters import (
+    atlas,
+    derm1m,
+    derm7pt,
+    fitzpatrick17k,
+    folders,
+    generic,
+    ham10000,
+    isic,
+    milk10k,
+    mra_midas,
+    pad_ufes_20,
+    ph2,
+    reference,
+)
 from dermfm.records.source import Reading, SourceConfig
 from dermfm.records.table import Record
 
@@ -17,7 +31,16 @@ Adapter = Callable[[SourceConfig, Reading], list[Record]]
 
 ADAPTERS: dict[str, Adapter] = {
     "generic": generic.read,
+    "isic": isic.read,
     "ham10000": ham10000.read,
     "milk10k": milk10k.read,
+    "pad_ufes_20": pad_ufes_20.read,
+    "derm7pt": derm7pt.read,
+    "fitzpatrick17k": fitzpatrick17k.read,
+    "mra_midas": mra_midas.read,
+    "ph2": ph2.read,
+    "folders": folders.read,
+    "derm1m": derm1m.read,
+    "reference": reference.read,
     "atlas": atlas.read,
 }

@@ -1,4 +1,4 @@
-"""A generic CSV table: one row an image, columns by name, possibly of several data sets.
+"""A generic CSV, Parquet or xlsx table: one row an image, columns by name, possibly of several data sets.
 
 Required: `sample_id`, and at least one of `label`, `subclass`, `class`, `diagnosis`. Also `dataset` and `modality`
 (dermoscopic | clinical), unless the source names them. Optional: malignancy, findings, matched_class,
@@ -11,13 +11,11 @@ the order of `vocabulary.CLASSES`; where it is empty (or -1), the diagnosis text
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 from dermfm.config import InputError, check_choice, nearest
-from dermfm.records.adapters.tables import apply_diagnosis, check_source, with_images
-from dermfm.records.csvtable import Row, check_unique, looks_like, number, read_rows, sex, site
-from dermfm.records.images import ImageFolder
-from dermfm.records.source import Losses, Reading, SourceConfig
+from dermfm.records.adapters.tables import NO_PATH, Draft, check_source, finish
+from dermfm.records.csvtable import Row, check_unique, fitzpatrick, looks_like, number, read_rows, sex, site
+from dermfm.records.source import Reading, SourceConfig
 from dermfm.records.table import SPLITS, Record
 from dermfm.records.vocabulary import (
     CLASSES,
@@ -36,41 +34,26 @@ PAD_ID = re.compile(r"PAT_(\d+)_(\d+)_(\d+)")
 def read(source: SourceConfig, reading: Reading) -> list[Record]:
     """Records of a generic table. Raises InputError for what the module's docstring rules out."""
     check_source(source)
-    losses = reading.losses
     required = ["sample_id"] + [name for name in ("dataset", "modality") if not getattr(source, name)]
-    rows = read_rows(source.table, required, source.layout)
+    rows = read_rows(source.table, required, source.layout, reading.losses)
     header = rows[0].keys()
     if not {"label", *DIAGNOSIS_COLUMNS} & set(header):
         kind = looks_like(header)
         hint = f"it looks like {kind}" if kind else nearest("label", header)
         raise InputError(f"{source.table}: has none of the columns label, subclass, class, diagnosis; {hint}")
     names = [source.dataset or row["dataset"] for row in rows]
-    check_unique(source.table, [f"{d}/{row['sample_id']}" for d, row in zip(names, rows, strict=True)], "sample_id")
-    _check_datasets(source, set(names))
-    chosen = [(d, row) for d, row in zip(names, rows, strict=True) if source.is_wanted(d)]
-    images = ImageFolder(source.images)
-    found = with_images(source, images, ((d, row["sample_id"]) for d, row in chosen), losses)
-    return [
-        _record(source, d, row, path, losses)
-        for d, row in chosen
-        if (path := found.get((d, row["sample_id"]))) is not None
-    ]
+    ids = [f"{d}/{row['sample_id']}" if row["sample_id"] else "" for d, row in zip(names, rows, strict=True)]
+    check_unique(source.table, ids, "sample_id")
+    return finish(source, [_draft(source, d, row) for d, row in zip(names, rows, strict=True)], reading.losses)
 
 
-def _check_datasets(source: SourceConfig, names: set[str]) -> None:
-    for key, wanted in (("datasets", source.datasets), ("test_only", source.test_only)):
-        unknown = sorted(set(wanted) - names)
-        if unknown:
-            raise InputError(f"{source.table}: has no data set '{unknown[0]}' ({key}); {nearest(unknown[0], names)}")
-
-
-def _record(source: SourceConfig, dataset: str, row: Row, path: Path, losses: Losses) -> Record:
+def _draft(source: SourceConfig, dataset: str, row: Row) -> Draft:
     cell = row.get
     where = f"{source.table}: {dataset}/{row['sample_id']}"
     record = Record(
         dataset=dataset,
         source_id=row["sample_id"],
-        path=path,
+        path=NO_PATH,
         modality=source.modality or row["modality"],
         class_text=tidy(cell("class")),
         subclass_text=tidy(cell("subclass") or cell("diagnosis")),
@@ -80,16 +63,15 @@ def _record(source: SourceConfig, dataset: str, row: Row, path: Path, losses: Lo
         age=number(cell("age")),
         sex=sex(cell("sex")),
         site=site(cell("site")),
-        licence=cell("licence") or source.licence or None,
+        fitzpatrick=fitzpatrick(cell("fitzpatrick")),
+        licence=cell("licence") or None,
         given_split=cell("split") or None,
-        test_only=source.is_test_only(dataset),
     )
     _check_words(record, where)
     if (pad := PAD_ID.fullmatch(record.source_id)) is not None and record.patient_id is None:
         record.patient_id = f"PAT_{pad[1]}"
-    _skin(record, row)
-    _diagnosis(record, row, where, losses)
-    return record
+    _skin_tone(record, row)
+    return Draft(record, _diagnosis(record, row, where))
 
 
 def _check_words(record: Record, where: str) -> None:
@@ -101,22 +83,19 @@ def _check_words(record: Record, where: str) -> None:
         raise InputError(f"{where}: {error}") from error
 
 
-def _skin(record: Record, row: Row) -> None:
-    fitzpatrick = number(row.get("fitzpatrick"))
-    record.fitzpatrick = int(fitzpatrick) if fitzpatrick in (1, 2, 3, 4, 5, 6) else None
+def _skin_tone(record: Record, row: Row) -> None:
     if (value := number(row.get("skin_tone_value"))) is not None:
         record.skin_tone_scale, record.skin_tone_value = row.get("skin_tone_scale") or None, value
     elif (value := number(row.get("skin_tone_class"))) is not None:
         record.skin_tone_scale, record.skin_tone_value = MILK10K_SCALE, value
 
 
-def _diagnosis(record: Record, row: Row, where: str, losses: Losses) -> None:
-    """The table's own label where it has one, else the vocabulary's; the class that the texts name stands beside."""
+def _diagnosis(record: Record, row: Row, where: str) -> list[str | None] | None:
+    """Fill in the table's own label, beside it the class that the texts name; where it has none, return the texts."""
     texts = [row.get(name) for name in DIAGNOSIS_COLUMNS]
     label = _label(row.get("label", ""), where)
     if label is None:
-        apply_diagnosis(record, texts, losses)
-        return
+        return texts
     found = find_diagnosis(record.dataset, texts)
     record.label = label
     record.class_label = found.class_label if found else None
@@ -127,6 +106,7 @@ def _diagnosis(record: Record, row: Row, where: str, losses: Losses) -> None:
     record.matched_subclass = tidy(row.get("matched_subclass")) or record.matched_subclass
     own = malignancy_word(row.get("malignancy"))
     record.malignancy = own or (found.malignancy if found else MALIGNANCY_OF[label])
+    return None
 
 
 def _label(text: str, where: str) -> int | None:

@@ -6,9 +6,8 @@ Archive diagnoses as squamous cell carcinoma.
 
 from __future__ import annotations
 
-from dermfm.records.adapters.tables import apply_diagnosis, check_source, with_images
-from dermfm.records.csvtable import check_unique, number, read_rows, sex, site
-from dermfm.records.images import ImageFolder
+from dermfm.records.adapters.tables import NO_PATH, Draft, check_source, finish
+from dermfm.records.csvtable import Row, check_unique, number, read_rows, sex, site
 from dermfm.records.source import Reading, SourceConfig
 from dermfm.records.table import Record
 
@@ -30,29 +29,23 @@ LICENCE = "CC BY-NC 4.0"
 def read(source: SourceConfig, reading: Reading) -> list[Record]:
     """Records of HAM10000's own table whose images exist below `images`."""
     check_source(source)
-    losses = reading.losses
-    rows = read_rows(source.table, COLUMNS, source.layout)
+    rows = read_rows(source.table, COLUMNS, source.layout, reading.losses)
     check_unique(source.table, (row["image_id"] for row in rows), "image_id")
-    found = with_images(source, ImageFolder(source.images), ((DATASET, r["image_id"]) for r in rows), losses)
-    records = []
-    for row in rows:
-        path = found.get((DATASET, row["image_id"]))
-        if path is None:
-            continue
-        name = NAMES.get(row["dx"], row["dx"])
-        record = Record(
-            dataset=DATASET,
-            source_id=row["image_id"],
-            path=path,
-            modality="dermoscopic",
-            class_text=name,
-            subclass_text=name,
-            lesion_id=row["lesion_id"] or None,
-            age=number(row["age"]),
-            sex=sex(row["sex"]),
-            site=site(row["localization"]),
-            licence=source.licence or LICENCE,
-            test_only=source.is_test_only(DATASET),
-        )
-        records.append(apply_diagnosis(record, [row["dx"]], losses))
-    return records
+    return finish(source, [Draft(_record(row), [row["dx"]]) for row in rows], reading.losses)
+
+
+def _record(row: Row) -> Record:
+    name = NAMES.get(row["dx"], row["dx"])
+    return Record(
+        dataset=DATASET,
+        source_id=row["image_id"],
+        path=NO_PATH,
+        modality="dermoscopic",
+        class_text=name,
+        subclass_text=name,
+        lesion_id=row["lesion_id"] or None,
+        age=number(row["age"]),
+        sex=sex(row["sex"]),
+        site=site(row["localization"]),
+        licence=LICENCE,
+    )

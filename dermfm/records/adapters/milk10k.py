@@ -12,10 +12,9 @@ from pathlib import Path
 
 from dermfm.config import InputError, nearest
 from dermfm.records.adapters.generic import MILK10K_SCALE
-from dermfm.records.adapters.tables import apply_diagnosis, check_source, with_images
+from dermfm.records.adapters.tables import NO_PATH, Draft, check_source, finish
 from dermfm.records.csvtable import Row, check_unique, number, read_rows, sex, site
-from dermfm.records.images import ImageFolder
-from dermfm.records.source import Reading, SourceConfig
+from dermfm.records.source import Losses, Reading, SourceConfig
 from dermfm.records.table import Record
 from dermfm.records.vocabulary import tidy
 
@@ -43,37 +42,35 @@ def read(source: SourceConfig, reading: Reading) -> list[Record]:
     """Records of both modalities whose images exist below `images`."""
     check_source(source)
     losses = reading.losses
-    rows = read_rows(source.table, COLUMNS, source.layout)
+    rows = read_rows(source.table, COLUMNS, source.layout, losses)
     check_unique(source.table, (row["isic_id"] for row in rows), "isic_id")
     texts = _diagnoses(_beside(source, source.supplement, "Supplement"), source.layout)
     truth = _ground_truth(_beside(source, source.ground_truth, "GroundTruth"), source.layout)
-    keyed = [(DATASETS[_modality(source, row)], row) for row in rows]
-    keyed = [(dataset, row) for dataset, row in keyed if source.is_wanted(dataset)]
-    found = with_images(source, ImageFolder(source.images), ((d, row["isic_id"]) for d, row in keyed), losses)
-    records = []
-    for dataset, row in keyed:
-        path = found.get((dataset, row["isic_id"]))
-        if path is None:
-            continue
+    drafts = []
+    for row in rows:
         text = texts.get(row["isic_id"])
-        if text is None:
-            losses.add("images without a row in the supplement", row["isic_id"])
-        record = _record(source, dataset, row, path, text)
-        apply_diagnosis(record, [text], losses)
-        group = truth.get(row["lesion_id"])
-        if group is not None and record.label not in GROUPS[group]:
-            losses.add(DISAGREE, f"{row['isic_id']}: {text} / {group}")
-        records.append(record)
+        drafts.append(Draft(_record(source, row, text), [text]))
+    records = finish(source, drafts, losses)
+    for record in records:
+        _compare(record, texts.get(record.source_id), truth.get(record.lesion_id or ""), losses)
     return records
 
 
-def _record(source: SourceConfig, dataset: str, row: Row, path: Path, text: str | None) -> Record:
+def _compare(record: Record, text: str | None, group: str | None, losses: Losses) -> None:
+    if text is None:
+        losses.add("images without a row in the supplement", record.source_id)
+    if group is not None and record.label not in GROUPS[group]:
+        losses.add(DISAGREE, f"{record.source_id}: {text} / {group}")
+
+
+def _record(source: SourceConfig, row: Row, text: str | None) -> Record:
     tone = number(row["skin_tone_class"])
+    modality = _modality(source, row)
     return Record(
-        dataset=dataset,
+        dataset=DATASETS[modality],
         source_id=row["isic_id"],
-        path=path,
-        modality=_modality(source, row),
+        path=NO_PATH,
+        modality=modality,
         class_text=tidy((text or "").casefold()),
         subclass_text=tidy((text or "").casefold()),
         lesion_id=row["lesion_id"] or None,
@@ -82,8 +79,7 @@ def _record(source: SourceConfig, dataset: str, row: Row, path: Path, text: str 
         site=site(row["site"]),
         skin_tone_scale=MILK10K_SCALE if tone is not None else None,
         skin_tone_value=tone,
-        licence=source.licence or LICENCE,
-        test_only=source.is_test_only(dataset),
+        licence=LICENCE,
     )
 
 

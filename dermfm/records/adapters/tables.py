@@ -1,19 +1,34 @@
-"""What all adapters of a table with images share: rows become records where their image exists."""
+"""What all adapters share: rows become drafts of records, drafts become records where their image exists."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from dermfm.config import InputError
+from dermfm.config import InputError, nearest
 from dermfm.records.images import ImageFolder
-from dermfm.records.source import Losses, SourceConfig
+from dermfm.records.source import NAMED, Losses, SourceConfig
+from dermfm.records.study_split import study_split
 from dermfm.records.table import Record
 from dermfm.records.vocabulary import CLASSES, correction, find_diagnosis, tidy
 
 MISSING_IMAGE = "rows without an image"
 UNNAMED_IMAGE = "images without a row"
+PARTIAL_NAME = "ids that are only a part of an image's name, not matched"
 UNMAPPED = "diagnoses without a class"
+UNSPLIT = "records that the given split does not name, left out"
+NO_PATH = Path()  # until `with_images` finds the image
+
+
+@dataclass
+class Draft:
+    """A record whose image is not looked for yet. `texts`: diagnosis texts, most specific first, for the vocabulary;
+    None where the label is filled already. `image`: file name or path below the images, where it is not the id."""
+
+    record: Record
+    texts: Sequence[str | None] | None
+    image: str = ""
 
 
 def check_source(source: SourceConfig) -> None:
@@ -23,7 +38,65 @@ def check_source(source: SourceConfig) -> None:
             raise InputError(f"layout={source.layout} needs {name}=<path>")
 
 
-def apply_diagnosis(record: Record, texts: list[str | None], losses: Losses) -> Record:
+def finish(
+    source: SourceConfig,
+    drafts: Iterable[Draft],
+    losses: Losses,
+    is_other: Callable[[Path], bool] | None = None,
+    known: Iterable[str] = (),
+) -> list[Record]:
+    """Records of the wanted data sets whose images exist, with labels from their diagnoses, in order.
+
+    Split, test-only and licence follow the source's settings; `is_other` names images that are no photographs (masks),
+    `known` data sets that the settings may name though no draft is of them.
+    Raises InputError for an unknown data set in the settings or a folder without any of the images.
+    """
+    drafts = list(drafts)
+    check_datasets(source, {*known, *(draft.record.dataset for draft in drafts)})
+    drafts = [draft for draft in drafts if source.is_wanted(draft.record.dataset)]
+    records = []
+    for draft, path in zip(drafts, with_images(source, drafts, losses, is_other), strict=True):
+        if path is None:
+            continue
+        record = draft.record
+        record.path = path
+        record.licence = record.licence or source.licence or None
+        record.test_only = source.is_test_only(record.dataset)
+        if draft.texts is not None:
+            apply_diagnosis(record, draft.texts, losses)
+        records.append(record)
+    return _as_split(source, records, losses)
+
+
+def _as_split(source: SourceConfig, records: list[Record], losses: Losses) -> list[Record]:
+    """splits=given: the split of `split_tables` or of the source; records that it does not name are left out."""
+    if source.splits != "given":
+        for record in records:
+            record.given_split = None
+        return records
+    if source.split_tables:
+        datasets = dict.fromkeys(record.dataset for record in records)
+        of = {dataset: study_split(Path(source.split_tables), dataset, losses) for dataset in datasets}
+        for record in records:
+            record.given_split = of[record.dataset].get(record.source_id)
+    if not any(record.given_split for record in records):
+        raise InputError(f"splits=given: {source.table or source.images} gives no split; use splits=lesions")
+    for record in records:
+        if record.given_split is None:
+            losses.add(UNSPLIT, record.dataset)
+    return [record for record in records if record.given_split is not None]
+
+
+def check_datasets(source: SourceConfig, names: set[str]) -> None:
+    """InputError where `datasets` or `test_only` name a data set that is not among `names`."""
+    for key, wanted in (("datasets", source.datasets), ("test_only", source.test_only)):
+        unknown = sorted(set(wanted) - names)
+        if unknown:
+            where = source.table or source.images
+            raise InputError(f"{where}: has no data set '{unknown[0]}' ({key}); {nearest(unknown[0], names)}")
+
+
+def apply_diagnosis(record: Record, texts: Sequence[str | None], losses: Losses) -> Record:
     """Fill label, class, subclass and malignancy from diagnosis texts, most specific first; corrections come before."""
     corrected = correction(record.dataset, record.source_id)
     if corrected is not None:
@@ -41,23 +114,45 @@ def apply_diagnosis(record: Record, texts: list[str | None], losses: Losses) -> 
 
 
 def with_images(
-    source: SourceConfig, folder: ImageFolder, items: Iterable[tuple[str, str]], losses: Losses
-) -> dict[tuple[str, str], Path]:
-    """(dataset, source id) → path of every item whose image exists; the others, and images no item names, are counted.
+    source: SourceConfig, drafts: Sequence[Draft], losses: Losses, is_other: Callable[[Path], bool] | None = None
+) -> list[Path | None]:
+    """The image of every draft, or None; rows without an image and images without a row are counted.
 
     Raises InputError where not one of the images exists: the folder is not that of the table.
     """
-    items = list(items)
-    found = {item: path for item in items if (path := folder.find(*item)) is not None}
-    for dataset, source_id in items:
-        if (dataset, source_id) not in found:
-            losses.add(MISSING_IMAGE, f"{dataset}/{source_id}")
-    if items and not found:
-        dataset, source_id = items[0]
-        raise InputError(
-            f"images={source.images}: none of the {len(items)} images that {source.table} names is there, "
-            f"for example {source_id}.jpg, in it or in its folder {dataset}/"
-        )
-    for path in folder.unnamed(set(found.values()), {dataset for dataset, _ in items}):
-        losses.add(UNNAMED_IMAGE, path.name)
-    return found
+    if not drafts:
+        return []
+    folder = ImageFolder(source.images)
+    paths = [folder.find(draft.record.dataset, draft.image or draft.record.source_id) for draft in drafts]
+    missing = [draft for draft, path in zip(drafts, paths, strict=True) if path is None]
+    partial = _partial_names(folder, missing)
+    if len(missing) == len(drafts):
+        raise InputError(_none_there(source, drafts, partial))
+    for draft in missing:
+        losses.add(MISSING_IMAGE, f"{draft.record.dataset}/{draft.record.source_id}")
+    for line in partial:
+        losses.add(PARTIAL_NAME, line)
+    named = {path for path in paths if path is not None}
+    for path in folder.unnamed(named, {draft.record.dataset for draft in drafts}):
+        if is_other is None or not is_other(path):
+            losses.add(UNNAMED_IMAGE, path.name)
+    return paths
+
+
+def _partial_names(folder: ImageFolder, missing: Sequence[Draft]) -> list[str]:
+    """'id in name' for those of the first missing ids that are a part of an image's name, or hold it."""
+    lines = []
+    for draft in missing[:NAMED]:
+        other = folder.resembling(draft.image or draft.record.source_id)
+        if other is not None:
+            lines.append(f"{draft.record.source_id} / {other}")
+    return lines
+
+
+def _none_there(source: SourceConfig, drafts: Sequence[Draft], partial: list[str]) -> str:
+    first = drafts[0].record
+    hint = f"; ids must equal the file names, {partial[0]} match only in part" if partial else ""
+    return (
+        f"images={source.images}: none of the {len(drafts)} images that {source.table or 'the source'} names is there, "
+        f"for example {first.source_id}.jpg, in it or in its folder {first.dataset}/{hint}"
+    )

@@ -10,6 +10,7 @@ import pytest
 
 from dermfm.config import InputError
 from dermfm.records.adapters import ADAPTERS
+from dermfm.records.adapters.isic import REFUSED
 from dermfm.records.adapters.tables import MISSING_IMAGE, UNMAPPED, UNNAMED_IMAGE
 from dermfm.records.source import LAYOUTS, Losses, Reading, SourceConfig
 from dermfm.records.table import Record
@@ -189,25 +190,40 @@ def test_milk10k_says_which_table_is_missing_or_mistaken(tmp_path: Path, save_im
         read("milk10k", images=images, table=str(table))
 
 
+HAM_LAST = (
+    "ISIC_0034320"  # of the published table; the ISIC Archive added the later images of the 2018 challenge's test
+)
+
+
 @pytest.mark.parametrize(
     ("layout", "table", "datasets"),
     [
-        ("ham10000", "HAM10000_metadata.csv", {"HAM10000"}),
-        ("milk10k", "MILK10k_Training_Metadata.csv", {"Milk10k_dermo", "Milk10k_clinic"}),
+        ("ham10000", "HAM10000_metadata.csv", ["HAM10000"]),
+        ("milk10k", "MILK10k_Training_Metadata.csv", ["Milk10k_dermo", "Milk10k_clinic"]),
+        ("isic", "isic_archive_milk10k_metadata.csv", ["Milk10k_dermo", "Milk10k_clinic"]),
+        ("pad_ufes_20", "pad_ufes_20_metadata.csv", ["PAD_UFES_20"]),
     ],
 )
 def test_native_labels_agree_with_the_shared_table_for_every_image(
-    layout: str, table: str, datasets: set[str], shared_data: Path
+    layout: str, table: str, datasets: list[str], shared_data: Path
 ) -> None:
     with (shared_data / "metadata.csv").open(encoding="utf-8", newline="") as file:
         given = {(r["dataset"], r["sample_id"]): r for r in csv.DictReader(file) if r["dataset"] in datasets}
-    records = read(layout, images=str(shared_data / "images"), table=str(shared_data / "native" / table))
+    dataset = "Milk10k" if layout == "isic" else ""
+    losses = Losses()
+    native = str(shared_data / "native" / table)
+    records = read(layout, losses, images=str(shared_data / "images"), table=native, dataset=dataset)
     # Not independent for HAM10000's dx "akiec": 197 of its images get their label from the `corrections` of
     # diagnoses.yaml, which come from the same reference table; without them exactly these would differ.
-    # 505 of the shared HAM10000 images are not in its published table (the ISIC Archive added them later).
-    assert len(records) == len(given) - (505 if layout == "ham10000" else 0)
+    exceptions = {key for key in given if key[0] == "HAM10000" and key[1] > HAM_LAST}
+    assert len(exceptions) == (505 if layout == "ham10000" else 0)
+    assert {(record.dataset, record.source_id) for record in records} == set(given) - exceptions
+    assert losses.count(REFUSED) == 0
     for record in records:
         row = given[record.dataset, record.source_id]
         assert str(record.label) == row["label"], record.source_id
         assert record.lesion_id == row["lesion_id"]
-        assert record.matched_class == row["matched_class"]
+        assert (record.matched_class, record.matched_subclass) == (row["matched_class"], row["matched_subclass"])
+        assert record.age == (float(row["age"]) if row["age"] else None)
+        if layout == "pad_ufes_20":
+            assert record.fitzpatrick == (int(float(row["fitzpatrick"])) if row["fitzpatrick"] else None)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageEnhance
 
 from dermfm.records.duplicates import THUMBNAIL, duplicate_pairs, near_hashes
-from dermfm.records.groups import assign_groups
+from dermfm.records.groups import DROPPED, assign_groups, drop_copies
 from dermfm.records.images import image_facts
 from dermfm.records.source import Losses
 from dermfm.records.splits import LEAK, MOVED, assign_splits
@@ -108,6 +108,24 @@ def test_two_dark_spots_on_pale_skin_are_not_taken_for_the_same_photograph(tmp_p
     hashes, thumbnails = zip(*facts, strict=True)
     assert list(near_hashes(hashes, 24)) == [(0, 1)]
     assert list(duplicate_pairs(hashes, thumbnails, 24, 0.85)) == []
+
+
+def test_dropping_copies_keeps_the_external_and_labelled_one_and_what_they_link() -> None:
+    records = [
+        record("A", "1", label=0, lesion_id="L"),
+        record("A", "2", label=0, lesion_id="L"),
+        record("B", "3"),
+        record("B", "4", label=0, lesion_id="M"),
+        record("E", "5", label=0, test_only=True),
+    ]
+    losses = Losses()
+    pairs = [(1, 4), (2, 3)]
+    assign_groups(records, pairs, Losses())
+    kept = drop_copies(records, pairs, losses)
+    assert [r.source_id for r in kept] == ["1", "4", "5"]
+    assert losses.kinds[DROPPED] == {"A/2": 1, "B/3": 1}
+    # The other photograph of the lesion that was dropped stays with its external copy.
+    assert kept[0].group_id == kept[2].group_id
 
 
 def many(seed: int = 0, count: int = 400) -> list[Record]:

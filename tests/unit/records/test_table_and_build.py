@@ -60,7 +60,8 @@ def test_the_columns_are_those_of_the_contract() -> None:
 
 
 def test_a_written_table_is_read_back_with_its_measured_columns(tmp_path: Path) -> None:
-    table = some_table(tmp_path).append_column("measured_size", pa.array([0.25]))
+    table = some_table(tmp_path, measured={"size": 0.25, "colours": ["red"]})
+    assert table.column_names[-2:] == ["measured_size", "measured_colours"]
     write_records(table, tmp_path / "sub" / "records.parquet")
     assert read_records(tmp_path / "sub" / "records.parquet").equals(table)
     assert [p.name for p in (tmp_path / "sub").iterdir()] == ["records.parquet"]

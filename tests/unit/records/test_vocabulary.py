@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from dermfm.config import read_yaml
 from dermfm.records.vocabulary import (
     CLASS_CODES,
     CLASS_OF_SUBCLASS,
@@ -84,17 +86,42 @@ def reference_rows(folder: Path) -> Iterator[tuple[str, list[str]]]:
             yield from ((table.parent.name, row) for row in csv.reader(file))
 
 
-def test_the_mapping_reproduces_the_label_of_every_row_of_the_reference_tables(shared_data: Path) -> None:
-    rows, defects = 0, set()
+def listed_defects(root: Path, kind: str) -> dict[tuple[str, str], str]:
+    """(data set, id) → reason, from the committed list."""
+    entries = read_yaml(root / "results/reference_defects.yaml")[kind]
+    return {(entry["dataset"], i): entry["reason"] for entry in entries for i in entry["ids"].split()}
+
+
+def test_the_mapping_reproduces_the_label_of_every_row_of_the_reference_tables(shared_data: Path, root: Path) -> None:
+    rows, unlike, contradicting = 0, set(), set()
     for dataset, row in reference_rows(shared_data):
         source_id, label, malignancy, text, subtext, _, matched_class, matched_subclass = row
         rows += 1
-        corrected = correction(dataset, source_id)
-        found = find_diagnosis(dataset, [corrected] if corrected else [subtext, text])
+        if CLASSES[int(label)] != matched_class:
+            contradicting.add((dataset, source_id))
+        found = find_diagnosis(dataset, [subtext, text])
         assert found is not None, row
-        assert (found.label, found.malignancy) == (int(label), malignancy_word(malignancy)), row
-        if (CLASSES[found.class_label], found.subclass) != (matched_class, matched_subclass):
-            defects.add((dataset, source_id))
+        # Class and subclass of the text, whatever the label says.
+        assert (CLASSES[found.class_label], found.subclass) == (matched_class, matched_subclass), row
+        if found.label != int(label):
+            unlike.add((dataset, source_id))
+            continue
+        assert found.malignancy == malignancy_word(malignancy), row
     assert rows == 62693
-    # The study's own text of these images contradicts its label and their file names; `corrections` lists them.
-    assert defects == {("FLUO_SC", f"CLI_CCE_{i}") for i in range(1, 79)}
+    # The text of these contradicts label and file name; `corrections` gives their true diagnosis by id.
+    assert unlike == {("FLUO_SC", f"CLI_CCE_{i}") for i in range(1, 79)}
+    assert {find_diagnosis(d, [correction(d, i)]).label for d, i in unlike} == {7}  # type: ignore[union-attr]
+    defects = listed_defects(root, "label")
+    assert contradicting == set(defects)
+    assert unlike < set(defects)
+    assert len(defects) == 493
+
+
+def test_the_listed_leaks_are_those_of_the_studys_split_files(shared_data: Path, root: Path) -> None:
+    leaks = set()
+    for folder in (shared_data / "reference_csv").iterdir():
+        files = folder.glob("labels_*.csv") if folder.is_dir() else ()
+        ids = Counter(Path(line.split(",")[0]).stem for file in files for line in file.read_text().split())
+        leaks |= {(folder.name, i) for i, n in ids.items() if n > 1}
+    assert leaks == set(listed_defects(root, "split"))
+    assert len(leaks) == 79

@@ -1,0 +1,122 @@
+"""How sharp a lesion's border is: along rays across it, colour goes from inside to outside as a logistic function."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+from dermfm.records.measure.shape import NUM_POINTS, outline, radius
+
+NUM_RAYS = 96
+REACH, MIN_REACH = 0.15, 3.0  # to either side of the border: of the lesion's radius, and at least in pixels
+NUM_STEPS = 41
+WIDTHS = np.geomspace(0.05, 0.8, 24)  # logistic scales tried, of the reach
+SHIFTS = np.linspace(-0.5, 0.5, 17)  # how far the true border may lie from the mask's, of the reach
+EDGE_RANGE = 18.0  # L* by which neighbours differ where something sharp may lie
+BLUR_FLOOR, BLUR_SHARE = 0.6, 0.25  # pixels of logistic scale, and per pixel of `sharpest_edge`; set on the atlas
+HALF_SHARP = 0.03  # logistic scale in radii at which sharpness is one half
+
+
+@dataclass(frozen=True)
+class Border:
+    """width: mean logistic scale of the border in lesion radii, freed of the camera's blur; spread: deviation of its
+    logarithm along the border; fit: how well the rays follow a logistic, 0…1."""
+
+    width: float
+    spread: float
+    fit: float
+
+    @property
+    def sharpness(self) -> float:
+        """1 for a step, one half at HALF_SHARP, towards 0 for a border that fades away."""
+        return HALF_SHARP / (HALF_SHARP + self.width)
+
+
+def border(lab: np.ndarray, mask: np.ndarray, valid: np.ndarray, edge: float) -> Border | None:
+    """The border of a mask on CIELAB float32 [H, W, 3]; `edge` is the picture's `sharpest_edge`.
+
+    Each ray's colours are projected on the line from its inner to its outer colour; the logistic that correlates best
+    with this profile gives the ray's width (a sigmoid across the border: Grana et al. 2003, Melanoma Res 13:465).
+    Blur of the camera adds in squares and is subtracted. None where fewer than a quarter of the rays stay in what is
+    valid.
+    """
+    size = radius(mask)
+    reach = max(REACH * size, MIN_REACH)
+    points, normals = _rays(mask)
+    depth = np.linspace(-reach, reach, NUM_STEPS)
+    places = (points[:, None] + depth[None, :, None] * normals[:, None]).astype(np.float32)
+    x, y = np.ascontiguousarray(places[..., 0]), np.ascontiguousarray(places[..., 1])
+    known = cv2.remap(valid.astype(np.uint8), x, y, cv2.INTER_NEAREST, borderMode=cv2.BORDER_CONSTANT, borderValue=0)
+    usable = known.mean(axis=1) > 0.9
+    if usable.sum() < NUM_RAYS / 4:
+        return None
+    colours = cv2.remap(lab, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)[usable]
+    scale, spread, fit = _fit(colours, reach)
+    blur = BLUR_FLOOR + BLUR_SHARE * edge
+    return Border(float(np.sqrt(max(scale**2 - blur**2, 0.01 * scale**2)) / size), spread, fit)
+
+
+def sharpest_edge(lightness: np.ndarray) -> float:
+    """Width in pixels of the sharpest edges of L* [H, W]: range over steepest gradient, at the steepest hundredth.
+
+    Hairs, dots, ruler marks and borders in focus show how sharp the camera could be; where nothing in the picture has
+    contrast the answer is a usual one.
+    """
+    slope = (
+        np.hypot(cv2.Sobel(lightness, cv2.CV_32F, 1, 0, ksize=1), cv2.Sobel(lightness, cv2.CV_32F, 0, 1, ksize=1)) / 2
+    )
+    window = np.ones((7, 7), np.uint8)
+    reach = cv2.dilate(lightness, window) - cv2.erode(lightness, window)
+    strong = reach > EDGE_RANGE
+    if strong.sum() < 30:
+        return 2.6
+    return float(1 / max(float(np.quantile(slope[strong] / reach[strong], 0.99)), 0.1))
+
+
+def _rays(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Points on the smoothed outline and their outward normals, [NUM_RAYS, 2] each."""
+    points = outline(mask, 0.02)
+    tangent = np.roll(points, -2, axis=0) - np.roll(points, 2, axis=0)
+    normal = np.stack([tangent[:, 1], -tangent[:, 0]], axis=1)
+    normal /= np.maximum(np.linalg.norm(normal, axis=1, keepdims=True), 1e-6)
+    if ((points - points.mean(axis=0)) * normal).sum() < 0:
+        normal = -normal
+    step = NUM_POINTS // NUM_RAYS
+    return points[::step], normal[::step]
+
+
+def _fit(colours: np.ndarray, reach: float) -> tuple[float, float, float]:
+    """(scale in pixels, spread, fit) from the colours [R, NUM_STEPS, 3] of rays, inside first."""
+    ends = NUM_STEPS // 4
+    direction = colours[:, :ends].mean(axis=1) - colours[:, -ends:].mean(axis=1)
+    contrast = np.linalg.norm(direction, axis=1)
+    direction = direction / np.maximum(contrast, 1e-6)[:, None]
+    profile = np.einsum("rkc,rc->rk", colours, direction)
+    # Neighbouring rays see the same border: their mean has less of the skin's own texture.
+    profile = (profile + np.roll(profile, 1, axis=0) + np.roll(profile, -1, axis=0)) / 3
+    correlation = _unit_rows(profile) @ _TEMPLATES.T
+    best = correlation.argmax(axis=1)
+    quality = correlation[np.arange(len(best)), best].clip(0) ** 2
+    weight = np.sqrt(contrast) * quality + 1e-9
+    logs = np.log(reach * _TEMPLATE_WIDTHS[best])
+    middle = np.average(logs, weights=weight)
+    spread = np.sqrt(np.average((logs - middle) ** 2, weights=weight))
+    return float(np.exp(middle)), float(spread), float(np.average(quality, weights=contrast + 1e-6))
+
+
+def _unit_rows(values: np.ndarray) -> np.ndarray:
+    centred = values - values.mean(axis=1, keepdims=True)
+    return centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-6)
+
+
+def _templates() -> tuple[np.ndarray, np.ndarray]:
+    """Falling logistics, centred and of unit length, [WIDTHS * SHIFTS, NUM_STEPS], and the width of each."""
+    depth = np.linspace(-1, 1, NUM_STEPS)
+    width, shift = (grid.ravel() for grid in np.meshgrid(WIDTHS, SHIFTS, indexing="ij"))
+    curves = 1 / (1 + np.exp(np.clip((depth[None] - shift[:, None]) / width[:, None], -60, 60)))
+    return _unit_rows(curves), width
+
+
+_TEMPLATES, _TEMPLATE_WIDTHS = _templates()

@@ -1,0 +1,293 @@
+"""The lesion's mask: pixels whose colour is far from the skin's, smoothed, thresholded, one central piece.
+
+Skin is a smooth surface of CIELAB colour over the picture (light falls off towards a side or the corners); what
+deviates from it in any direction, darker, redder, bluer or whiter, belongs to the lesion. So nothing is assumed about
+the lesion's colour.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+from dermfm.records.measure.border import sharpest_edge
+from dermfm.records.measure.hair import hair_mask, remove_hair
+
+WORKING_SIDE = 224  # the longer side is reduced to it
+RING = 0.1  # width of the border ring that first stands for skin, of the shorter side
+BLACK = 26  # brightest channel of a pixel of the black surround
+NOISE = 2.0  # CIELAB units added to the skin's own spread
+SMOOTH = 0.012  # deviation of the smoothing, of the shorter side
+ROUNDS = 3
+CERTAIN = 2.5
+AREA_POWER = 0.2
+LEVELS = (0.3, 0.4, 0.5, 0.6, 0.7)
+MIN_AREA, MAX_AREA = 0.002, 0.9
+
+
+@dataclass(frozen=True)
+class LesionMask:
+    """What was found. Pictures are of the working size.
+
+    pixels: RGB uint8 [H, W, 3] without hair; lab: CIELAB float32 [H, W, 3] of it; mask: bool [H, W]; valid: bool
+    [H, W], false in a black surround and on hairs; skin: CIELAB float32 [H, W, 3], the fitted skin surface; distance:
+    float32 [H, W], deviation from skin in deviations of skin; edge: `sharpest_edge` of the picture with its hairs;
+    confidence: 0…1.
+    """
+
+    pixels: np.ndarray
+    lab: np.ndarray
+    mask: np.ndarray
+    valid: np.ndarray
+    skin: np.ndarray
+    distance: np.ndarray
+    edge: float
+    confidence: float
+
+
+def to_lab(pixels: np.ndarray) -> np.ndarray:
+    """CIELAB (D65) float32 of RGB uint8: L* 0…100, a* and b* around 0."""
+    return cv2.cvtColor(pixels.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
+
+
+def working_size(pixels: np.ndarray) -> np.ndarray:
+    """The picture reduced so that its longer side is at most WORKING_SIDE."""
+    longer = max(pixels.shape[:2])
+    if longer <= WORKING_SIDE:
+        return pixels
+    size = [max(1, round(n * WORKING_SIDE / longer)) for n in (pixels.shape[1], pixels.shape[0])]
+    return cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
+
+
+def find_lesion(pixels: np.ndarray) -> LesionMask:
+    """The lesion of RGB uint8 [H, W, 3]; an empty mask with confidence 0 where nothing stands out.
+
+    Otsu's threshold (Otsu 1979, IEEE Trans SMC 9:62) on the smoothed logarithm of the Mahalanobis distance from skin;
+    the skin is fitted again without the lesion, ROUNDS times.
+    """
+    pixels = working_size(pixels)
+    hair = hair_mask(pixels)
+    clean = remove_hair(pixels, hair)
+    valid = inside_frame(clean)
+    lab = to_lab(clean)
+    smooth = cv2.GaussianBlur(lab, (0, 0), max(0.8, SMOOTH * min(lab.shape[:2])))
+    outside = border_ring(valid)
+    mask, score = np.zeros_like(valid), 0.0
+    for turn in range(ROUNDS):
+        skin = fit_skin(smooth, outside, degree=1 if turn == 0 else 2)
+        distance = unlikeness(skin_distance(smooth, skin, outside))
+        mask, score = best_piece(distance, valid, LEVELS if turn == ROUNDS - 1 else LEVELS[::2])
+        outside = valid & ~_grown(mask, 0.06)
+        if outside.sum() < 0.02 * outside.size:
+            outside = border_ring(valid) & ~mask
+    edge = sharpest_edge(to_lab(pixels)[..., 0])
+    return LesionMask(clean, lab, mask, valid & ~hair, skin, skin_distance(lab, skin, outside), edge, score)
+
+
+def unlikeness(distance: np.ndarray) -> np.ndarray:
+    """Distance from skin squeezed into 0…1, one half at CERTAIN deviations: a black core counts little more than a
+    brown rim."""
+    return distance**2 / (distance**2 + CERTAIN**2)
+
+
+def best_piece(distance: np.ndarray, valid: np.ndarray, shares: Sequence[float]) -> tuple[np.ndarray, float]:
+    """The piece that stands out best among several thresholds of the distance from skin, and its score 0…1.
+
+    One threshold takes only the core of a lesion with a dark core, or all the blotches of uneven skin.
+    """
+    values = distance[valid]
+    low, high = np.quantile(values, 0.3), np.quantile(values, 0.995)
+    levels = [otsu(values), *(low + (high - low) * share for share in shares)]
+    best, best_score = np.zeros_like(valid), 0.0
+    for level in levels:
+        piece = central_piece((distance > level) & valid)
+        score = piece_score(piece, distance, valid)
+        if score > best_score:
+            best, best_score = piece, score
+    return best, best_score
+
+
+def piece_score(piece: np.ndarray, distance: np.ndarray, valid: np.ndarray) -> float:
+    """0…1: how far the piece's rim lies above all that is outside, times how little of the picture's border it
+    touches, times how compact it is. 0 outside of MIN_AREA…MAX_AREA."""
+    area = float(piece.sum() / max(int(valid.sum()), 1))
+    if not MIN_AREA <= area <= MAX_AREA:
+        return 0.0
+    rim = piece & ~_shrunk(piece, 0.03)
+    inside, outside = distance[rim], distance[valid & ~piece]
+    if not len(outside):
+        return 0.0
+    gap = (inside.mean() - outside.mean()) / np.sqrt(inside.var() + outside.var() + 0.005)
+    edge = outermost(valid)
+    touching = float((piece & edge).sum() / max(int(edge.sum()), 1))
+    weight = centre_weight(piece.shape)
+    central = float(weight[piece].mean()) / _best_centrality(piece.shape, int(piece.sum()))
+    return float(
+        np.clip((gap - 0.5) / 3, 0, 1)
+        * max(0.0, 1 - 1.5 * touching)
+        * compactness(piece) ** 0.25
+        * central**0.5
+        * area**AREA_POWER
+    )
+
+
+def compactness(piece: np.ndarray) -> float:
+    """4 pi area / perimeter^2 of the filled piece: 1 for a disc."""
+    outlines, _ = cv2.findContours(piece.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    perimeter = sum(cv2.arcLength(outline, True) for outline in outlines)
+    return float(min(1.0, 4 * np.pi * piece.sum() / max(perimeter, 1.0) ** 2))
+
+
+def inside_frame(pixels: np.ndarray) -> np.ndarray:
+    """False where a black surround that reaches the picture's border lies; bool [H, W]."""
+    brightest = np.maximum(np.maximum(pixels[..., 0], pixels[..., 1]), pixels[..., 2])
+    dark = (brightest < BLACK).astype(np.uint8)
+    if not dark.any():
+        return np.ones(dark.shape, bool)
+    _, labels = cv2.connectedComponents(dark)
+    edge = np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]])
+    sizes = np.bincount(edge[edge > 0], minlength=labels.max() + 1)
+    # A lesion or hair that leaves the picture touches a short stretch of the border, a surround a long one.
+    frame = np.flatnonzero(sizes > 0.05 * len(edge))
+    return ~_grown(np.isin(labels, frame), 0.015) if len(frame) else np.ones(dark.shape, bool)
+
+
+def border_ring(valid: np.ndarray) -> np.ndarray:
+    """The valid pixels near the border of what is valid."""
+    width = max(2, round(RING * min(valid.shape)))
+    padded = cv2.copyMakeBorder(valid.astype(np.uint8), 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0)
+    inner = cv2.erode(padded, np.ones((2 * width + 1, 2 * width + 1), np.uint8))[1:-1, 1:-1]
+    ring = valid & (inner == 0)
+    return ring if ring.any() else np.ones_like(valid)
+
+
+def fit_skin(lab: np.ndarray, outside: np.ndarray, degree: int) -> np.ndarray:
+    """The skin's colour as a polynomial surface: float32 [H, W, 3].
+
+    Least squares on a grid of the pixels `outside`, reweighted four times by the Cauchy function of the residual's
+    length so that moles, ink and rulers there do not count.
+    """
+    height, width = outside.shape
+    basis = _polynomials((height, width), degree)
+    rows, columns = np.nonzero(outside)
+    step = max(1, len(rows) // 1500)
+    design, colours = basis[rows[::step], columns[::step]], lab[rows[::step], columns[::step]]
+    coefficients = np.zeros((basis.shape[2], 3), np.float32)
+    coefficients[0] = np.median(colours, axis=0)
+    # A small ridge keeps the surface flat where the pixels say nothing about it.
+    ridge = np.diag([1e-3] + [0.02 * len(design)] * (basis.shape[2] - 1)).astype(np.float32)
+    for _ in range(4):
+        residual = np.linalg.norm(colours - design @ coefficients, axis=1)
+        scale = 1.5 * np.median(residual) + 0.5
+        weight = 1 / (1 + (residual / scale) ** 2)
+        weighted = design * weight[:, None]
+        pull = ridge * weight.mean()
+        coefficients = np.linalg.solve(weighted.T @ design + pull, weighted.T @ colours + pull @ _flat(coefficients))
+    return basis @ coefficients
+
+
+@functools.lru_cache(maxsize=8)
+def _polynomials(shape: tuple[int, int], degree: int) -> np.ndarray:
+    """[H, W, 3 or 6] float32: 1, x, y and for degree 2 also x², xy, y², with x and y in -1…1."""
+    y, x = np.mgrid[-1 : 1 : shape[0] * 1j, -1 : 1 : shape[1] * 1j].astype(np.float32)
+    return np.stack([np.ones_like(x), x, y, *([x * x, x * y, y * y] if degree == 2 else [])], axis=2)
+
+
+def _flat(coefficients: np.ndarray) -> np.ndarray:
+    """The target of the ridge: the constant as it is, no slopes."""
+    target = np.zeros_like(coefficients)
+    target[0] = coefficients[0]
+    return target
+
+
+def skin_distance(lab: np.ndarray, skin: np.ndarray, outside: np.ndarray) -> np.ndarray:
+    """Mahalanobis distance of every pixel from the skin: float32 [H, W], in deviations."""
+    difference = lab - skin
+    sample = difference[outside]
+    sample = sample[:: max(1, len(sample) // 4000)]
+    if len(sample) > 4:
+        length = np.linalg.norm(sample, axis=1)
+        sample = sample[length <= np.quantile(length, 0.85)]
+    covariance = np.cov(sample.T) if len(sample) > 4 else np.zeros((3, 3))
+    whitener = np.linalg.cholesky(np.linalg.inv(covariance + NOISE**2 * np.eye(3))).astype(np.float32)
+    white = difference @ whitener
+    return np.sqrt(np.einsum("hwc,hwc->hw", white, white))
+
+
+def otsu(values: np.ndarray) -> float:
+    """The threshold that divides `values` into two classes of the largest variance between them."""
+    counts, edges = np.histogram(values, 256)
+    centres = (edges[:-1] + edges[1:]) / 2
+    below = np.cumsum(counts)
+    above = below[-1] - below
+    sums = np.cumsum(counts * centres)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        between = below * above * (sums / below - (sums[-1] - sums) / above) ** 2
+    return float(edges[1 + int(np.nanargmax(between))])
+
+
+def central_piece(mask: np.ndarray) -> np.ndarray:
+    """The piece with the most weight near the centre, closed and without holes; all false for an empty mask."""
+    side = min(mask.shape)
+    kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (_odd(0.02 * side), _odd(0.02 * side)))
+    closing = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (_odd(0.05 * side), _odd(0.05 * side)))
+    tidy = cv2.morphologyEx(mask.astype(np.uint8), cv2.MORPH_OPEN, kernel)
+    tidy = cv2.morphologyEx(tidy, cv2.MORPH_CLOSE, closing)
+    count, labels = cv2.connectedComponents(tidy)
+    if count < 2:
+        return np.zeros_like(mask)
+    weight = centre_weight(mask.shape)
+    scores = np.bincount(labels.ravel(), weights=weight.ravel(), minlength=count)
+    scores[0] = 0
+    piece = (labels == int(scores.argmax())).astype(np.uint8)
+    return filled(piece)
+
+
+@functools.lru_cache(maxsize=8)
+def centre_weight(shape: tuple[int, ...]) -> np.ndarray:
+    """1 in the centre, falling off as a Gaussian of a quarter of the side."""
+    y, x = np.mgrid[-1 : 1 : shape[0] * 1j, -1 : 1 : shape[1] * 1j]
+    return np.exp(-(x * x + y * y) / (2 * 0.5**2))
+
+
+@functools.lru_cache(maxsize=8)
+def _centralities(shape: tuple[int, ...]) -> np.ndarray:
+    """Largest possible mean weight of 1, 2, … pixels."""
+    weight = np.sort(centre_weight(shape).ravel())[::-1]
+    return np.cumsum(weight) / np.arange(1, weight.size + 1)
+
+
+def _best_centrality(shape: tuple[int, ...], num_pixels: int) -> float:
+    return float(_centralities(shape)[num_pixels - 1])
+
+
+def filled(piece: np.ndarray) -> np.ndarray:
+    """A uint8 piece without holes, as bool."""
+    outlines, _ = cv2.findContours(piece, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    out = np.zeros_like(piece)
+    cv2.drawContours(out, outlines, -1, 1, cv2.FILLED)
+    return out > 0
+
+
+def outermost(valid: np.ndarray) -> np.ndarray:
+    """The outermost valid pixels."""
+    padded = cv2.copyMakeBorder(valid.astype(np.uint8), 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0)
+    return valid & (cv2.erode(padded, np.ones((3, 3), np.uint8))[1:-1, 1:-1] == 0)
+
+
+def _grown(mask: np.ndarray, share: float) -> np.ndarray:
+    size = 2 * max(1, round(share * min(mask.shape))) + 1
+    kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (size, size))
+    return cv2.dilate(mask.astype(np.uint8), kernel) > 0
+
+
+def _shrunk(mask: np.ndarray, share: float) -> np.ndarray:
+    return ~_grown(~mask, share)
+
+
+def _odd(value: float) -> int:
+    return max(3, round(value) | 1)

@@ -1,0 +1,139 @@
+"""Work on many images, in parts that are done when their file is there: in process, or as a Ray Data job.
+
+A part is a Parquet file of one row an image, each with the key of what it was made from (file, settings, version). A
+second run reads the parts and does only what is missing, changed or was lost. Nothing larger than a row comes back
+from a worker, so memory does not grow with the number of images.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cluster.ray import ray_session
+from dermfm.config import short_hash
+from dermfm.progress import Meter
+
+PART = 64  # images: what a killed worker loses at most
+PARTS_A_BLOCK = 4  # parts a Ray task does: its overhead is spread over them
+RAY_FROM = 512  # images; fewer are done in process: starting Ray takes longer
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One image: `key` identifies file, settings and version; `target` is the file to be made, "" for none."""
+
+    key: str
+    source: str
+    target: str = ""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where parts run: processes of this machine (0: one a core), or the Ray cluster that answers at `address`."""
+
+    workers: int = 0
+    address: str | None = None
+
+    @property
+    def num_workers(self) -> int:
+        """Processes to use on this machine."""
+        return self.workers or os.cpu_count() or 1
+
+
+# Does the tasks of one part and gives their rows in order; must be importable by a worker. Each row has the task's
+# "key".
+Work = Callable[[Sequence[Task]], list[Row]]
+
+
+def run_parts(
+    tasks: Sequence[Task], work: Work, folder: Path, schema: pa.Schema, place: Place, what: str
+) -> dict[str, Row]:
+    """key → row of every task; what an earlier run left in `folder` is not done again.
+
+    A row of the schema column "bytes" is taken as done only while its target has that size.
+    """
+    done = read_rows(folder, schema.names)
+    left = [task for task in tasks if not _is_done(task, done.get(task.key))]
+    if not left:
+        return done
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = [left[i : i + PART] for i in range(0, len(left), PART)]
+    in_process = not place.address and (place.num_workers == 1 or len(left) < RAY_FROM)
+    run = _in_process if in_process else _on_ray
+    with Meter(len(tasks), what, "images", start=len(tasks) - len(left)) as meter:
+        for rows in run(parts, work, folder, schema, place):
+            done.update((row["key"], row) for row in rows)
+            meter.advance(len(rows))
+    return done
+
+
+def read_rows(folder: Path, columns: Sequence[str]) -> dict[str, Row]:
+    """key → row of all finished parts of a folder; of a key that was done again the newest part counts.
+
+    Parts of an older version without one of the columns are passed over.
+    """
+    files = sorted(folder.glob("*.parquet"), key=lambda file: file.stat().st_mtime_ns)
+    tables = (pq.read_table(file) for file in files if set(columns) <= set(pq.read_schema(file).names))
+    return {row["key"]: row for table in tables for row in table.to_pylist()}
+
+
+def do_part(part: Sequence[Task], work: Work, folder: Path, schema: pa.Schema) -> list[Row]:
+    """Do one part and write its file under a temporary name first."""
+    rows = work(part)
+    path = folder / f"{short_hash([task.key for task in part])}.parquet"
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), temporary)
+    os.replace(temporary, path)
+    return rows
+
+
+def _is_done(task: Task, row: Row | None) -> bool:
+    if row is None:
+        return False
+    if not task.target or row.get("error"):
+        return True
+    try:
+        return os.stat(task.target).st_size == row["bytes"]
+    except OSError:
+        return False
+
+
+def _in_process(
+    parts: list[list[Task]], work: Work, folder: Path, schema: pa.Schema, place: Place
+) -> Iterator[list[Row]]:
+    for part in parts:
+        yield do_part(part, work, folder, schema)
+
+
+def _on_ray(parts: list[list[Task]], work: Work, folder: Path, schema: pa.Schema, place: Place) -> Iterator[list[Row]]:
+    """A Ray Data job: a row of the dataset is a part; the rows of its images stream back as they are done."""
+    with ray_session(place.address, None if place.address else place.num_workers):
+        import ray.data
+
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        items = [{"part": [[task.key, task.source, task.target] for task in part]} for part in parts]
+        blocks = max(1, min(len(parts), -(-len(parts) // PARTS_A_BLOCK)))
+        dataset = ray.data.from_items(items, override_num_blocks=max(blocks, min(len(parts), place.num_workers)))
+        do_batch = partial(_do_batch, work=work, folder=folder.resolve(), schema=schema)
+        done = dataset.map_batches(do_batch, batch_size=1, batch_format="pyarrow")
+        for batch in done.iter_batches(batch_size=None, batch_format="pyarrow"):
+            assert isinstance(batch, pa.Table)
+            yield batch.to_pylist()
+
+
+def _do_batch(batch: pa.Table, work: Work, folder: Path, schema: pa.Schema) -> pa.Table:
+    """The rows of one part, in a Ray worker."""
+    rows = [do_part([Task(*task) for task in part], work, folder, schema) for part in batch.column("part").to_pylist()]
+    return pa.Table.from_pylist([row for part in rows for row in part], schema=schema)

@@ -1,0 +1,52 @@
+"""The preprocessing as a Ray Data job: the same bytes as in one process, for one worker and for two."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dermfm.records import parts
+from dermfm.records.parts import Place
+from dermfm.records.preprocess.config import PreprocessConfig
+from dermfm.records.preprocess.job import preprocess_records
+from dermfm.records.source import Losses
+from dermfm.records.table import Record
+
+NUM_IMAGES = 150
+
+
+def fresh(folder: Path) -> list[Record]:
+    """Records of NUM_IMAGES images, one of them broken; drawn at the first call."""
+    folder.mkdir(exist_ok=True)
+    records = []
+    for i in range(NUM_IMAGES):
+        path = folder / f"{i}.jpg"
+        if not path.exists():
+            colours = np.random.default_rng(i).integers(0, 255, (5, 5, 3)).astype(np.uint8)
+            Image.fromarray(colours).resize((90, 70)).save(path)
+            if i == 7:
+                path.write_bytes(path.read_bytes()[:-200])
+        records.append(Record(dataset="D", source_id=str(i), path=path, modality="clinical"))
+    return records
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*.jpg")}
+
+
+@pytest.mark.timeout(300)
+def test_one_process_and_ray_workers_write_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = PreprocessConfig(enabled=True, hair=True, square="crop", size=48)
+    outcomes = []
+    for name, workers, ray_from in (("alone", 1, 10**9), ("two", 2, 1)):
+        monkeypatch.setattr(parts, "RAY_FROM", ray_from)
+        losses = Losses()
+        kept = preprocess_records(fresh(tmp_path / "in"), settings, tmp_path / name, Place(workers), losses)
+        assert len(kept) == NUM_IMAGES - 1
+        outcomes.append((digests(tmp_path / name), losses.lines()))
+    assert len(outcomes[0][0]) == NUM_IMAGES - 1
+    assert outcomes[0] == outcomes[1]
