@@ -157,6 +157,10 @@ class ShardIndex:
         except ValueError as error:
             raise ShardError(f"{self.path}: line {row + 2} is not 'extension offset size name …'") from error
 
+    def content(self) -> bytes:
+        """The whole file."""
+        return bytes(self._data)
+
     def _line(self, number: int) -> str:
         start, end = int(self._starts[number]), int(self._starts[number + 1]) - 1
         return bytes(self._data[start:end]).decode("utf-8", errors="replace")
