@@ -162,6 +162,7 @@ class Storage:
             scheme = self.folder.partition("://")[0]
             try:
                 self._fs = fsspec.filesystem(scheme, skip_instance_cache=True, **_options(scheme, self.remote))
+                self._fs.retries = 1  # s3fs would multiply ours by five
             except ImportError as error:
                 remedy = PACKAGES.get("http" if scheme == "https" else scheme, f"install what fsspec needs ({error})")
                 raise StorageError(f"{self.folder}: no package here reads {scheme}://; {remedy}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import defaultdict
@@ -23,10 +24,10 @@ class Web:
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
-            def do_HEAD(self) -> None:  # noqa: N802 - the name is that of http.server
+            def do_HEAD(self) -> None:
                 self.answer(with_body=False)
 
-            def do_GET(self) -> None:  # noqa: N802 - the name is that of http.server
+            def do_GET(self) -> None:
                 web.requests.append((self.path[1:], self.headers["Range"]))
                 self.answer(with_body=True)
 
@@ -55,9 +56,10 @@ class Web:
                     data = bytes(len(data))
                 if fault == "cut":
                     data, self.close_connection = data[: len(data) // 2], True
-                for start in range(0, len(data), 1 << 14):
-                    time.sleep(web.delay_s)
-                    self.wfile.write(data[start : start + (1 << 14)])
+                with contextlib.suppress(ConnectionError):  # whoever asked may have been killed meanwhile
+                    for start in range(0, len(data), 1 << 14):
+                        time.sleep(web.delay_s)
+                        self.wfile.write(data[start : start + (1 << 14)])
 
             def log_message(self, *_: object) -> None:
                 """Tests' output stays clean."""

@@ -282,8 +282,9 @@ def test_fetching_ahead_removes_nothing_that_is_in_use(local, web, tmp_path):
 
 def test_the_thread_that_fetches_ahead_ends_with_its_reader(web, tmp_path):
     reader = reader_of(web, cached(tmp_path))
+    before = set(threading.enumerate())
     reader.prefetch([0])
-    thread = next(t for t in threading.enumerate() if t.name == "shards-ahead")
+    thread = next(t for t in set(threading.enumerate()) - before if t.name == "shards-ahead")
     del reader
     thread.join(10)
     assert not thread.is_alive()
