@@ -10,8 +10,8 @@ import mmap
 import os
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,8 +23,7 @@ class ShardError(ValueError):
     """A shard, index or manifest cannot be used; one line that names it."""
 
 
-@dataclass(frozen=True)
-class Member:
+class Member(NamedTuple):
     """One file of a sample inside a tar: `size` bytes from byte `offset`; its header is the 512 bytes before."""
 
     extension: str

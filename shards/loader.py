@@ -6,6 +6,7 @@ counts are arithmetic; no rank can run dry before another.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import multiprocessing
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,6 +24,7 @@ from shards.order import SampleOrder, rank_indices
 from shards.reader import ShardReader
 from shards.storage import StorageError
 
+# (sample, rng) → item. One that also has `prepare(sample, rng)`, returning a call that gives the item, works in two steps.
 SampleFunction = Callable[[dict[str, bytes], np.random.Generator], Any]
 CollateFunction = Callable[[list[Any], np.ndarray], Any]
 BAD_SAMPLE = (OSError, ValueError, UnidentifiedImageError, KeyError)
@@ -159,14 +161,25 @@ def _make(
     seed: int,
     pad_to: int = 0,
 ) -> _Made:
-    items: list[Any] = []
-    num_bad, last_bad = 0, ""
+    """Two passes over the samples: what is short (reading, choosing) and then what is long (decoding). In between each
+    other, decoding would leave the processor's caches cold for the rest, which then takes several times as long."""
+    prepare = getattr(source.sample_fn, "prepare", None) or functools.partial(functools.partial, source.sample_fn)
     places = list(zip(shards.tolist(), rows.tolist(), strict=True))
+    works: list[Callable[[], Any] | Exception] = []
     for (shard, row), index, read in zip(places, indices.tolist(), source.reader.reads(places), strict=True):
         try:
-            items.append(source.sample_fn(read(), sample_rng(seed, index)))
+            works.append(prepare(read(), sample_rng(seed, index)))
         except StorageError as error:  # the storage is at fault, not the sample: no gap in the stream, but an end
             return _Made(None, len(rows), 0, "", f"{error}; asked for row {row} of {source.reader.shards[shard].name}")
+        except BAD_SAMPLE as error:
+            works.append(error)
+    items: list[Any] = []
+    num_bad, last_bad = 0, ""
+    for (shard, row), work in zip(places, works, strict=True):
+        try:
+            if isinstance(work, Exception):
+                raise work
+            items.append(work())
         except BAD_SAMPLE as error:
             items.append(None)
             num_bad, last_bad = num_bad + 1, _describe(source.reader, shard, row, error)
