@@ -24,7 +24,7 @@ from shards.order import SampleOrder, rank_indices
 from shards.reader import ShardReader
 from shards.storage import StorageError
 
-# (sample, rng) → item. One that also has `prepare(sample, rng)`, returning a call that gives the item, works in two steps.
+# (sample, rng) → item; one that also has `prepare(sample, rng)`, returning a call for the item, works in two steps
 SampleFunction = Callable[[dict[str, bytes], np.random.Generator], Any]
 CollateFunction = Callable[[list[Any], np.ndarray], Any]
 BAD_SAMPLE = (OSError, ValueError, UnidentifiedImageError, KeyError)
