@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -15,9 +14,11 @@ from dermfm.notes.store import read_notes
 from dermfm.pack import DONE, ROWS
 from dermfm.pack_plan import NOTE_FIELDS, PLAN, table_hash
 from dermfm.progress import Meter
+from dermfm.storage import CacheConfig, remote
 from shards.index import index_path
 from shards.manifest import FILE_NAME, Manifest, ShardInfo, write_manifest, write_text
 from shards.reader import ShardReader
+from shards.storage import check_local, is_remote
 from shards.writer import write_shard
 
 
@@ -25,8 +26,9 @@ from shards.writer import write_shard
 class AddNotesConfig:
     """Which notes join which shards."""
 
-    shards: str = key("shards", "folder of the shards whose images and notes are kept")
+    shards: str = key("shards", "folder, or address, of the shards whose images and notes are kept")
     notes: str = key("notes", "folder of notes/part-*.parquet; those that a sample has not yet are added to it")
+    cache: CacheConfig = key(CacheConfig, "how shards at an address are read")
     out: str = key("shards-2", "folder for the new generation of shards")
 
 
@@ -35,9 +37,10 @@ def add_notes(config: AddNotesConfig, dry_run: bool = False) -> Manifest | None:
 
     Raises InputError where `out` is the folder itself or holds other shards, or no note belongs to a sample.
     """
-    old = Manifest.load(config.shards)
+    old = Manifest.load(config.shards, remote(config.cache))
+    check_local(config.out, "out")
     out = Path(config.out)
-    if out.resolve() == Path(config.shards).resolve():
+    if not is_remote(config.shards) and out.resolve() == Path(config.shards).resolve():
         raise InputError(f"out: {out} is the folder of the shards themselves; a new generation needs another folder")
     notes, identity = _notes_to_add(config, old)
     done = _done(out, old, identity)
@@ -52,7 +55,7 @@ def add_notes(config: AddNotesConfig, dry_run: bool = False) -> Manifest | None:
         return Manifest.load(out)
     (out / DONE).mkdir(parents=True, exist_ok=True)
     write_text(out / PLAN, canonical_json({"identity": identity, "shards": {}}) + "\n")
-    reader = ShardReader(config.shards, old.shards)
+    reader = ShardReader(config.shards, old.shards, old.remote)
     with Meter(len(old.shards), "add notes", "shards", start=len(done)) as meter:
         for number, shard in enumerate(old.shards):
             if shard.name not in done:
@@ -128,7 +131,7 @@ def _finish(
     strategies: Counter[str] = Counter()
     for _, counts in done.values():
         strategies.update(counts)
-    shutil.copyfile(Path(old.folder) / ROWS, out / f"{ROWS}.tmp")
+    (out / f"{ROWS}.tmp").write_bytes(old.file(ROWS))
     (out / f"{ROWS}.tmp").replace(out / ROWS)
     about = {
         **old.about,

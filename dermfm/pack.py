@@ -31,6 +31,7 @@ from dermfm.progress import Meter
 from dermfm.records.table import SPLITS
 from shards.index import index_path
 from shards.manifest import FILE_NAME, Manifest, ShardInfo, write_manifest, write_text
+from shards.storage import check_local
 from shards.writer import write_shard
 
 DONE, ROWS = ".done", "rows.parquet"
@@ -55,6 +56,7 @@ def pack(config: ShardsConfig, dry_run: bool = False) -> Manifest | None:
 
     Raises InputError for inputs that cannot be packed, a folder that holds other shards, and too many bad images.
     """
+    check_local(config.out, "out")
     plan = make_plan(config)
     out = Path(config.out)
     done = {name: packed for name in plan.shards if (packed := read_done(out, name, plan.images_of(name)))}

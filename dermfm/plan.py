@@ -14,6 +14,7 @@ from dermfm.model.weights import weights_file
 from dermfm.optimizer import OptimizerConfig
 from dermfm.samples import AugmentConfig, check_strategies
 from dermfm.step import ObjectiveConfig
+from dermfm.storage import CacheConfig, remote
 from dermfm.zero import ZeroConfig
 from shards.manifest import Manifest
 
@@ -23,7 +24,8 @@ class TrainConfig:
     """What a pretraining run is made of."""
 
     run: str = key(REQUIRED, "run directory")
-    shards: str = key(REQUIRED, "folder of WebDataset shards with manifest.json")
+    shards: str = key(REQUIRED, "folder, or s3://, gs://, http(s):// address, of WebDataset shards with manifest.json")
+    cache: CacheConfig = key(CacheConfig, "how shards at an address are read")
     split: str = key("train", "split of the shards to train on")
     model: ModelConfig = key(ModelConfig, "towers, fusion and heads")
     objectives: ObjectiveConfig = key(ObjectiveConfig, "weights of the objectives")
@@ -102,7 +104,7 @@ def plan(config: TrainConfig, manifest: Manifest, world: int) -> Plan:
 
 def describe(config: TrainConfig, world: int) -> str:
     """What `--dry-run` prints: counts, steps, batch arithmetic; nothing is built."""
-    manifest = Manifest.load(config.shards)
+    manifest = Manifest.load(config.shards, remote(config.cache))
     check_notes(config, manifest)
     check_sources(config.model)
     p = plan(config, manifest, world)

@@ -6,12 +6,14 @@ so that pixels and notes do not depend on ranks, workers or what other samples d
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,13 +114,22 @@ class SampleFn:
 
     def __call__(self, sample: dict[str, bytes], rng: np.random.Generator) -> Item:
         """Raises KeyError or ValueError for a sample without image or fields, or one that cannot be decoded."""
+        return self.prepare(sample, rng)()
+
+    def prepare(self, sample: dict[str, bytes], rng: np.random.Generator) -> Callable[[], Item]:
+        """All but the decoding, which the returned call does: what is short is done for a whole batch before."""
         fields = json.loads(sample["json"])
         text = choose_note(fields.get("notes") or [], self.strategies, rng)
-        pixels = decode_image(image_bytes(sample), self.image_size, rng, self.augment)
         label = fields.get("label")
         record_id = str(fields.get("record_id") or sample["__key__"].decode())
         group = hash63(str(fields.get("group_id") or record_id))
-        return Item(pixels, text, -1 if label is None else int(label), group, record_id)
+        data = image_bytes(sample)
+
+        def decode() -> Item:
+            pixels = decode_image(data, self.image_size, rng, self.augment)
+            return Item(pixels, text, -1 if label is None else int(label), group, record_id)
+
+        return decode
 
 
 @dataclass(frozen=True)
@@ -186,12 +197,14 @@ def image_bytes(sample: Mapping[str, bytes]) -> bytes:
 
 def choose_note(notes: Sequence[Mapping[str, Any]], strategies: Mapping[str, float], rng: np.random.Generator) -> str:
     """The text of one note: a strategy by weight among those present, then any of its notes; "" where there is none."""
-    first, second = rng.random(2)
-    present = [s for s in sorted(strategies) if strategies[s] > 0 and any(n["strategy"] == s for n in notes)]
+    first, second = rng.random(2).tolist()
+    held = {n["strategy"] for n in notes}
+    present = [s for s in sorted(strategies) if strategies[s] > 0 and s in held]
     if not present:
         return ""
-    cumulative = np.cumsum([strategies[s] for s in present])
-    chosen = present[int(np.searchsorted(cumulative, first * cumulative[-1], side="right").clip(0, len(present) - 1))]
+    # plain Python: over a handful of strategies, array functions cost more than they save
+    cumulative = list(itertools.accumulate(strategies[s] for s in present))
+    chosen = present[min(bisect.bisect_right(cumulative, first * cumulative[-1]), len(present) - 1)]
     candidates = [n for n in notes if n["strategy"] == chosen]
     return str(candidates[int(second * len(candidates))]["text"])
 

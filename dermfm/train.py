@@ -23,6 +23,7 @@ from dermfm.optimizer import OptimizerConfig, parameter_groups, rate_factor
 from dermfm.plan import Plan, TrainConfig, check_notes, plan
 from dermfm.samples import Batch, Collate, SampleFn, balanced_weights
 from dermfm.step import optimizer_step
+from dermfm.storage import remote
 from shards.loader import stream
 from shards.manifest import Manifest
 from shards.order import SampleOrder
@@ -78,7 +79,7 @@ def train(config: TrainConfig, process: Process, source: checkpoint.Source | Non
 
 def _data(config: TrainConfig, manifest: Manifest) -> tuple[SampleOrder, ShardReader]:
     shards = manifest.split(config.split)
-    reader = ShardReader(manifest.folder, shards)
+    reader = ShardReader(manifest.folder, shards, remote(config.cache))
     check_notes(config, manifest)
     weights = None
     if config.balance:

@@ -21,13 +21,14 @@ from dermfm.pack_plan import ShardsConfig
 from dermfm.progress import track
 from shards.foreign import index_folder
 from shards.manifest import Manifest
+from shards.storage import check_local
 
 
 @dataclass(kw_only=True)
 class VerifyConfig:
     """Which shards `dermfm shards verify` reads."""
 
-    out: str = key("shards", "the folder that holds manifest.json")
+    out: str = key("shards", "the folder, or address, that holds manifest.json")
 
 
 @dataclass(kw_only=True)
@@ -78,6 +79,7 @@ def _verify(config: VerifyConfig, dry_run: bool) -> None:
 
 
 def _index(config: IndexConfig, dry_run: bool) -> None:
+    check_local(config.out, "out")
     tars = sorted(Path(config.out).glob("*.tar"))
     print(f"{config.out}: {len(tars)} tars, {sum(t.stat().st_size for t in tars) / 1e6:.1f} MB")
     if dry_run:

@@ -10,8 +10,8 @@ import mmap
 import os
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,8 +23,7 @@ class ShardError(ValueError):
     """A shard, index or manifest cannot be used; one line that names it."""
 
 
-@dataclass(frozen=True)
-class Member:
+class Member(NamedTuple):
     """One file of a sample inside a tar: `size` bytes from byte `offset`; its header is the 512 bytes before."""
 
     extension: str
@@ -156,6 +155,10 @@ class ShardIndex:
             return [Member(e, int(offset), int(size), name) for e, offset, size, name in fields]
         except ValueError as error:
             raise ShardError(f"{self.path}: line {row + 2} is not 'extension offset size name …'") from error
+
+    def content(self) -> bytes:
+        """The whole file."""
+        return bytes(self._data)
 
     def _line(self, number: int) -> str:
         start, end = int(self._starts[number]), int(self._starts[number + 1]) - 1

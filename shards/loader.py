@@ -6,6 +6,7 @@ counts are arithmetic; no rank can run dry before another.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import multiprocessing
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,7 +22,9 @@ from torch.utils.data import DataLoader, Dataset
 from shards.index import ShardError
 from shards.order import SampleOrder, rank_indices
 from shards.reader import ShardReader
+from shards.storage import StorageError
 
+# (sample, rng) → item; one that also has `prepare(sample, rng)`, returning a call for the item, works in two steps
 SampleFunction = Callable[[dict[str, bytes], np.random.Generator], Any]
 CollateFunction = Callable[[list[Any], np.ndarray], Any]
 BAD_SAMPLE = (OSError, ValueError, UnidentifiedImageError, KeyError)
@@ -30,12 +33,14 @@ BAD_GRACE = 1000  # samples over which the bad fraction is at least measured: on
 
 @dataclass
 class _Made:
-    """A batch with what went wrong in it: samples that became None, and the message of the last."""
+    """A batch with what went wrong in it: samples that became None, and the message of the last; or, instead of a
+    batch, why there can be none (a message: exceptions that cross processes drag their traceback along)."""
 
     batch: Any
     num_samples: int
     num_bad: int
     last_bad: str
+    failure: str = ""
 
     def pin_memory(self) -> _Made:
         """The same with the batch in page-locked memory, where it knows how; DataLoader calls this on CUDA."""
@@ -68,7 +73,8 @@ def stream(
     `start`: samples that the whole job has seen. Each sample becomes `sample_fn(bytes, rng of (seed, stream index))`;
     one that raises an error of reading or decoding becomes None and keeps its place, and
     `collate_fn(items, stream indices [b])` gives it weight 0. ShardError naming shard and key of the last bad sample
-    when more than `max_bad_fraction` of this rank's samples are bad. With workers, batches are made in processes, in
+    when more than `max_bad_fraction` of this rank's samples are bad, StorageError when a remote storage does not give
+    its bytes after all attempts. With workers, batches are made in processes, in
     order; without, a thread prepares the next batch while this one is used.
     """
     if start < 0:
@@ -123,6 +129,8 @@ class _TrainBatches(Dataset):
     def __getitem__(self, step: int) -> _Made:
         indices = rank_indices(self.start + step * self.global_batch, self.global_batch, self.rank, self.world)
         _, shards, rows = self.order.locate(indices)
+        if self.reader.wants_prefetch:
+            self.reader.prefetch(self.order.shards_ahead(indices))
         return _make(self, shards, rows, indices, self.seed)
 
 
@@ -140,6 +148,8 @@ class _EvaluationBatches(Dataset):
         borders = np.concatenate([[0], np.cumsum(self.shard_sizes)])
         indices = np.arange(number * self.batch_size, min((number + 1) * self.batch_size, borders[-1]))
         shards = np.searchsorted(borders, indices, side="right") - 1
+        if self.reader.wants_prefetch:
+            self.reader.prefetch(range(shards[0], min(shards[-1] + 2, len(self.shard_sizes))))
         return _make(self, shards, indices - borders[shards], indices, 0, pad_to=self.batch_size)
 
 
@@ -151,11 +161,25 @@ def _make(
     seed: int,
     pad_to: int = 0,
 ) -> _Made:
+    """Two passes over the samples: what is short (reading, choosing) and then what is long (decoding). In between each
+    other, decoding would leave the processor's caches cold for the rest, which then takes several times as long."""
+    prepare = getattr(source.sample_fn, "prepare", None) or functools.partial(functools.partial, source.sample_fn)
+    places = list(zip(shards.tolist(), rows.tolist(), strict=True))
+    works: list[Callable[[], Any] | Exception] = []
+    for (shard, row), index, read in zip(places, indices.tolist(), source.reader.reads(places), strict=True):
+        try:
+            works.append(prepare(read(), sample_rng(seed, index)))
+        except StorageError as error:  # the storage is at fault, not the sample: no gap in the stream, but an end
+            return _Made(None, len(rows), 0, "", f"{error}; asked for row {row} of {source.reader.shards[shard].name}")
+        except BAD_SAMPLE as error:
+            works.append(error)
     items: list[Any] = []
     num_bad, last_bad = 0, ""
-    for shard, row, index in zip(shards.tolist(), rows.tolist(), indices.tolist(), strict=True):
+    for (shard, row), work in zip(places, works, strict=True):
         try:
-            items.append(source.sample_fn(source.reader.read(shard, row), sample_rng(seed, index)))
+            if isinstance(work, Exception):
+                raise work
+            items.append(work())
         except BAD_SAMPLE as error:
             items.append(None)
             num_bad, last_bad = num_bad + 1, _describe(source.reader, shard, row, error)
@@ -229,6 +253,8 @@ def _counted(batches: Iterator[_Made], max_bad_fraction: float) -> Iterator[Any]
     """The batches, until too many of their samples were bad."""
     num_samples = num_bad = 0
     for made in batches:
+        if made.failure:
+            raise StorageError(made.failure)
         num_samples += made.num_samples
         num_bad += made.num_bad
         if num_bad > max_bad_fraction * max(num_samples, BAD_GRACE):

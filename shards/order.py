@@ -11,6 +11,7 @@ segment, shuffled in windows. The *stream* takes one sample from each lane in tu
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
@@ -57,6 +58,7 @@ class SampleOrder:
         self._cumulative = None if weights is None else _cumulative_weights(weights, self.num_samples)
         self._windows: _Recent = _Recent(4 * self.num_lanes + 4)
         self._epochs: _Recent = _Recent(4)
+        self._spans: _Recent = _Recent(8 * self.num_lanes)
 
     def __getitem__(self, index: int) -> tuple[int, int, int]:
         """(epoch, shard, row) of one stream index."""
@@ -73,6 +75,26 @@ class SampleOrder:
             shards[of_epoch], rows[of_epoch] = self._samples_of_slots(int(epoch), slots[of_epoch])
         return epochs, shards, rows
 
+    def shards_ahead(self, indices: np.ndarray) -> list[int]:
+        """Shards of the windows that `indices` [n] lie in, then those of the next windows of the same lanes; each once.
+
+        What a reader of these indices needs now and soon, and should have near.
+        """
+        starts, sizes, _ = self._windows_of(np.asarray(indices, dtype=np.int64))
+        now, where = np.unique(starts, return_index=True)
+        lanes, n = self.num_lanes, self.num_samples
+        segments, lane_of, window_of, _ = self._places(np.asarray(indices, dtype=np.int64)[where])
+        begins, ends = (segments * n // lanes * lanes), ((segments + 1) * n // lanes * lanes)
+        following = begins + lane_of + lanes * (window_of + 1) * self.window
+        following = np.where(following < ends, following, ends + lane_of)  # past its end a lane goes on in the next
+        next_starts, next_sizes, _ = self._windows_of(following)
+        found: dict[int, None] = {}
+        spans = zip([*now, *next_starts], [*sizes[where], *next_sizes], strict=True)
+        for start, size in spans:
+            span = int(start), int(size)
+            found |= dict.fromkeys(self._spans.get(span, functools.partial(self._shards_of_span, *span)))
+        return list(found)
+
     def identity(self) -> dict[str, Any]:
         """What must be equal for a resumed run to continue the same stream (beside manifest and batch)."""
         weights = None
@@ -80,25 +102,48 @@ class SampleOrder:
             weights = hashlib.sha256(self._cumulative.tobytes()).hexdigest()[:16]
         return {"seed": self.seed, "num_lanes": self.num_lanes, "window": self.window, "weights": weights}
 
-    def _sequence_positions(self, indices: np.ndarray) -> np.ndarray:
+    def _places(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """(segment, lane, window of the lane, offset in the window) of stream indices."""
         if len(indices) and indices.min() < 0:
             raise ShardError(f"sample order: stream index {indices.min()} is negative")
         lanes, n = self.num_lanes, self.num_samples
         segments = ((indices // lanes + 1) * lanes - 1) // n  # the largest e with ⌊eN/L⌋ ≤ i div L
-        starts = segments * n // lanes * lanes
-        lane_lengths = ((segments + 1) * n // lanes * lanes - starts) // lanes
-        places, lane_of = np.divmod(indices - starts, lanes)
+        places, lane_of = np.divmod(indices - segments * n // lanes * lanes, lanes)
         window_of, offsets = np.divmod(places, self.window)
-        window_starts = starts + lane_of * lane_lengths + window_of * self.window
-        window_sizes = np.minimum(self.window, lane_lengths - window_of * self.window)
-        names = np.stack([segments, lane_of, window_of, window_sizes], axis=1)
-        order = np.argsort(window_starts, kind="stable")  # a window is named by where it starts
-        borders = np.flatnonzero(np.diff(window_starts[order])) + 1
+        return segments, lane_of, window_of, offsets
+
+    def _windows_of(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(first sequence position, size, name (segment, lane, window, size) [n, 4]) of the windows of the indices."""
+        segments, lane_of, window_of, _ = self._places(indices)
+        lanes, n = self.num_lanes, self.num_samples
+        begins = segments * n // lanes * lanes
+        lane_lengths = ((segments + 1) * n // lanes * lanes - begins) // lanes
+        starts = begins + lane_of * lane_lengths + window_of * self.window
+        sizes = np.minimum(self.window, lane_lengths - window_of * self.window)
+        return starts, sizes, np.stack([segments, lane_of, window_of, sizes], axis=1)
+
+    def _sequence_positions(self, indices: np.ndarray) -> np.ndarray:
+        offsets = self._places(indices)[3]
+        starts, _, names = self._windows_of(indices)
+        order = np.argsort(starts, kind="stable")  # a window is named by where it starts
+        borders = np.flatnonzero(np.diff(starts[order])) + 1
         for group in np.split(order, borders):
             if len(group) == 0:
                 continue
             offsets[group] = self._shuffled_window(*map(int, names[group[0]]))[offsets[group]]
-        return window_starts + offsets
+        return starts + offsets
+
+    def _shards_of_span(self, start: int, size: int) -> list[int]:
+        """The shards of `size` consecutive sequence positions, in the order of the sequence."""
+        found: list[int] = []
+        n = self.num_samples
+        for epoch in range(start // n, (start + size - 1) // n + 1):
+            first, last = max(start, epoch * n) - epoch * n, min(start + size, (epoch + 1) * n) - 1 - epoch * n
+            shard_order, _ = self._epochs.get(epoch, functools.partial(self._shards_of_epoch, epoch))
+            shards, _ = self._samples_of_slots(epoch, np.asarray([first, last]))
+            low, high = (int(np.argmax(shard_order == shard)) for shard in shards)
+            found += shard_order[low : high + 1].tolist()
+        return found
 
     def _shuffled_window(self, segment: int, lane: int, window: int, size: int) -> np.ndarray:
         name = (segment, lane, window)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,3 +30,22 @@ def shared_data() -> Path:
     if not (folder / "metadata.csv").is_file():
         pytest.skip(f"no real images at {folder}; set DERMFM_DATA to their folder")
     return folder.resolve()
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., Any]]:
+    """serve(folder, knows_ranges=True): a real HTTP server over a folder (tests/web.py), stopped after the test."""
+    spec = importlib.util.spec_from_file_location("web", ROOT / "tests" / "web.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    servers: list[Any] = []
+
+    def start(folder: Path | str, knows_ranges: bool = True) -> Any:
+        servers.append(module.Web(folder, knows_ranges))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()

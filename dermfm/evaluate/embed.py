@@ -89,7 +89,7 @@ def embed_images(
         done = parts.done(num_rows)
         if done.all():
             return
-        reader = ShardReader(manifest.folder, shards)
+        reader = ShardReader(manifest.folder, shards, manifest.remote)
         batches = passes(
             reader,
             reader.shard_sizes,

@@ -36,6 +36,7 @@ from dermfm.evaluate.source import Source, find_source, shards_folder, train_str
 from dermfm.evaluate.statistics import Draws, draw_groups
 from dermfm.evaluate.zeroshot import PROMPT_SETS, TEMPLATES, zero_shot_scores
 from dermfm.records.vocabulary import MALIGNANCIES, MALIGNANCY_OF
+from dermfm.storage import CacheConfig, remote
 from shards.manifest import Manifest
 
 TASKS = ("classify-image", "classify-text", "zero-shot", "retrieval-i2t", "retrieval-t2i", "retrieval-i2i", "probe")
@@ -47,7 +48,8 @@ class EvaluateConfig:
 
     run: str | None = key(None, "run directory; its newest checkpoint is scored")
     checkpoint: str | None = key(None, "a checkpoint folder ckpt/step-NNNNNNNN instead of a run's newest one")
-    shards: str | None = key(None, "folder of shards; null: that of the run's config.yaml")
+    shards: str | None = key(None, "folder of shards, or their address; null: that of the run's config.yaml")
+    cache: CacheConfig = key(CacheConfig, "how shards at an address are read")
     out: str | None = key(None, "output folder; null: <run>/eval/<step>")
     splits: list[str] = key(["test"], "splits whose records are scored")
     protocol: ProtocolConfig = key(ProtocolConfig, "roles of the data sets and rules of scoring")
@@ -101,7 +103,7 @@ class Plan:
 def make_plan(config: EvaluateConfig) -> Plan:
     """Resolve what is scored. InputError or ShardError for a run without checkpoint, missing shards, an empty split."""
     source = find_source(config.run, config.checkpoint)
-    manifest = Manifest.load(shards_folder(config.shards, source))
+    manifest = Manifest.load(shards_folder(config.shards, source), remote(config.cache))
     for split in config.splits:
         manifest.split(split)
     folder = Path(config.out) if config.out else source.run / "eval" / f"{source.step:08d}"

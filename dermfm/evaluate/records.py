@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from dermfm.records.vocabulary import CLASSES, MALIGNANCIES, SUBCLASSES
 from shards.manifest import Manifest
 from shards.reader import ShardReader
 
+AT_A_TIME = 256  # samples whose bytes are held while records are read
 TRACKS = {"given": "label-given", "masked": "label-masked", "blind": "label-blind"}
 CLASS_SETS: dict[str, list[str]] = {"classes": CLASSES, "subclasses": SUBCLASSES, "malignancy": MALIGNANCIES}
 
@@ -79,14 +81,24 @@ def read_split(manifest: Manifest, split: str, quiet: bool = False) -> RecordSet
     ShardError for an empty split, InputError for a sample without readable fields.
     """
     shards = manifest.split(split)
-    reader = ShardReader(manifest.folder, shards)
+    reader = ShardReader(manifest.folder, shards, manifest.remote)
     places = [(s, row) for s, info in enumerate(shards) for row in range(info.num_samples)]
     fields, notes = [], []
-    for shard, row in places if quiet else track(places, len(places), f"reading {split} records", "records"):
-        record = _parse(reader.read(shard, row), f"{shards[shard].name} row {row}")
+    samples = _samples(reader, places)
+    for (shard, row), sample in (
+        samples if quiet else track(samples, len(places), f"reading {split} records", "records")
+    ):
+        record = _parse(sample, f"{shards[shard].name} row {row}")
         notes.append(record.pop("notes", None) or [])
         fields.append(record)
     return record_set(fields, notes, [split] * len(fields))
+
+
+def _samples(reader: ShardReader, places: list[tuple[int, int]]) -> Iterator[tuple[tuple[int, int], dict[str, bytes]]]:
+    """(shard, row) and sample of each place; of a remote storage, some hundred are asked for at a time."""
+    for start in range(0, len(places), AT_A_TIME):
+        some = places[start : start + AT_A_TIME]
+        yield from ((place, read()) for place, read in zip(some, reader.reads(some), strict=True))
 
 
 def record_set(fields: list[dict[str, Any]], notes: list[list[dict[str, Any]]], splits: list[str]) -> RecordSet:

@@ -69,7 +69,7 @@ class Images:
         self._readers, self._places = {}, {}
         for split in splits:
             shards = manifest.split(split)
-            self._readers[split] = ShardReader(manifest.folder, shards)
+            self._readers[split] = ShardReader(manifest.folder, shards, manifest.remote)
             number = {info.name: i for i, info in enumerate(shards)}
             rows = manifest.read_rows(split)
             for name, row, record_id in zip(rows["shard"], rows["row"], rows["record_id"], strict=True):

@@ -1,6 +1,6 @@
 """A process of the streaming tests: reads one rank's batches through real decoding and prints what they hold.
 
-Arguments: one JSON object {folder, start, batch, rank, world, workers, steps}. Prints one JSON object a sample.
+Arguments: one JSON object {folder, start, batch, rank, world, workers, steps, remote}. Prints one object a sample.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from shards.loader import stream
 from shards.manifest import Manifest
 from shards.order import SampleOrder
 from shards.reader import ShardReader
+from shards.storage import Remote
 
 
 class ByteTokenizer:
@@ -30,7 +31,8 @@ class ByteTokenizer:
 def main() -> None:
     """Print ids, pixels and note of every sample that this rank reads."""
     job = json.loads(sys.argv[1])
-    reader = ShardReader(job["folder"], Manifest.load(job["folder"]).split("train"))
+    manifest = Manifest.load(job["folder"], Remote(**job.get("remote", {})))
+    reader = ShardReader(manifest.folder, manifest.split("train"), manifest.remote)
     batches = stream(
         reader,
         SampleOrder(reader.shard_sizes, seed=5, window=16),

@@ -164,4 +164,4 @@ def test_memory_of_an_index_does_not_grow_with_what_is_read(make_shards):
     for row in np.random.default_rng(0).permutation(200):
         reader.read(0, int(row))
     assert len(pickle.dumps(reader)) == size
-    assert set(vars(reader)) == {"folder", "shards", "_pid", "_files", "_indexes"}
+    assert set(vars(reader)) == {"folder", "shards", "remote", "_pid", "_source", "_pool", "_indexes"}

@@ -17,6 +17,7 @@ PINNED = [(0, 0, 1), (0, 2, 3), (0, 0, 0), (0, 2, 1), (0, 0, 2), (0, 2, 2), (0, 
 PINNED_WEIGHTED = (83333333, 2, 3)
 
 layouts = st.lists(st.integers(0, 30), min_size=1, max_size=8).filter(lambda sizes: sum(sizes) > 0)
+large_layouts = st.one_of(layouts, st.lists(st.integers(0, 900), min_size=1, max_size=6).filter(lambda s: sum(s) > 0))
 lanes = st.one_of(st.none(), st.integers(1, 9))
 windows = st.sampled_from([1, 2, 7, 64, 4096])
 
@@ -27,7 +28,7 @@ def samples_of(order: SampleOrder, start: int, stop: int) -> list[tuple[int, int
 
 
 @settings(max_examples=60, deadline=None)
-@given(layouts, lanes, windows, st.integers(0, 2**40), st.integers(1, 2))
+@given(large_layouts, lanes, windows, st.integers(0, 2**40), st.integers(1, 2))
 def test_every_sample_of_every_epoch_comes_exactly_once(sizes, num_lanes, window, seed, num_epochs):
     order = SampleOrder(sizes, seed, num_lanes, window)
     n, num_lanes = sum(sizes), order.num_lanes
@@ -59,7 +60,7 @@ def test_where_lanes_divide_the_set_each_run_of_n_indices_is_one_epoch(num_lanes
 
 
 @settings(max_examples=80, deadline=None)
-@given(layouts, lanes, windows, st.integers(1, 16), st.integers(1, 6), st.integers(0, 10_000), st.integers(0, 99))
+@given(large_layouts, lanes, windows, st.integers(1, 16), st.integers(1, 6), st.integers(0, 10_000), st.integers(0, 99))
 def test_any_world_reads_the_same_global_sequence_in_equal_shares(
     sizes, num_lanes, window, world, per_rank, start, seed
 ):
@@ -175,3 +176,28 @@ def test_shards_without_samples_are_refused(sizes):
 def test_impossible_weights_are_refused(weights):
     with pytest.raises(ShardError, match="weights"):
         SampleOrder([3], weights=weights)
+
+
+@settings(max_examples=80, deadline=None)
+@given(layouts, lanes, windows, st.integers(0, 3), st.integers(0, 5000), st.integers(1, 40), st.data())
+def test_the_shards_ahead_hold_every_sample_of_this_window_and_of_the_next(
+    sizes, num_lanes, window, seed, start, count, data
+):
+    weights = data.draw(st.one_of(st.none(), st.just(np.arange(1, sum(sizes) + 1))))
+    order = SampleOrder(sizes, seed, num_lanes, window, weights)
+    indices = np.arange(start, start + count)
+    ahead = order.shards_ahead(indices)
+    assert len(ahead) == len(set(ahead))
+    assert {s for _, s, _ in samples_of(order, start, start + count)} <= set(ahead)
+    following = indices + order.num_lanes  # the next sample of each lane lies in this window or in the next
+    assert set(order.locate(following)[1].tolist()) <= set(ahead)
+
+
+def test_the_shards_ahead_of_a_large_set_are_few():
+    order = SampleOrder([4000] * 258, seed=3)
+    assert order.num_lanes == 64
+    indices = np.arange(10**8, 10**8 + 4096, 8)  # rank 0 of 8 reads 8 of the 64 lanes
+    ahead = order.shards_ahead(indices)
+    assert 8 <= len(ahead) <= 8 * 5  # a window is one shard long: two windows of a lane touch at most four or five
+    a_window_on = order.locate(indices + 64 * (order.window - 64))[1]
+    assert set(a_window_on.tolist()) <= set(ahead)
