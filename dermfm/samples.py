@@ -118,6 +118,8 @@ class SampleFn:
 
     def prepare(self, sample: dict[str, bytes], rng: np.random.Generator) -> Callable[[], Item]:
         """All but the decoding, which the returned call does: what is short is done for a whole batch before."""
+        if "json" not in sample:
+            raise KeyError(f"no .json with a record's fields among its members ({', '.join(sorted(sample))})")
         fields = json.loads(sample["json"])
         text = choose_note(fields.get("notes") or [], self.strategies, rng)
         label = fields.get("label")

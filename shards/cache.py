@@ -183,8 +183,8 @@ def check_cache(remote: Remote, shards: Sequence[ShardInfo]) -> None:
         raise StorageError(f"cache.folder: {remote.cache} cannot be made ({error.strerror})") from error
     if not os.access(remote.cache, os.W_OK | os.X_OK):
         raise StorageError(f"cache.folder: {remote.cache} cannot be written")
-    largest = max(shards, key=lambda s: s.num_bytes)
-    if largest.num_bytes > remote.max_bytes:
+    largest = max(shards, key=lambda s: s.num_bytes, default=None)
+    if largest is not None and largest.num_bytes > remote.max_bytes:
         raise StorageError(
             f"cache.max_bytes: {remote.max_bytes} is less than the shard {largest.name}; at least {largest.num_bytes}"
         )

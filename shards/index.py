@@ -71,14 +71,15 @@ def _regular_members(path: Path) -> Iterator[Member]:
     """Every regular member with an extension. Folders and hidden files are passed over, as DALI does."""
     try:
         with tarfile.open(path, "r:") as tar:
-            end = 0
+            end, last = 0, ""
             for info in tar:
                 _check_name(path, info)
+                last = info.name
                 end = info.offset_data + (-(-info.size // BLOCK) * BLOCK if info.isreg() else 0)
                 key, extension = split_name(info.name)
                 if info.isreg() and extension and not key.endswith("/") and key:
                     yield Member(extension, info.offset_data, info.size, info.name)
-            _check_end(path, end)
+            _check_end(path, end, last)
     except FileNotFoundError:
         raise ShardError(f"{path}: no such shard") from None
     except (tarfile.TarError, OSError, EOFError) as error:
@@ -95,12 +96,18 @@ def _check_name(path: Path, info: tarfile.TarInfo) -> None:
         raise ShardError(f"{path}: member '{info.name}' has a blank in its name, which an index cannot hold")
 
 
-def _check_end(path: Path, end: int) -> None:
-    """A complete tar closes with two blocks of zeros; without them a cut at a member's border would go unseen."""
+def _check_end(path: Path, end: int, last: str) -> None:
+    """A complete tar closes with two blocks of zeros; without them a cut at a member's border would go unseen, and so
+    would a damaged header, at which tarfile stops as if the tar ended there."""
     with open(path, "rb") as file:
         file.seek(end)
-        if file.read(2 * BLOCK) != bytes(2 * BLOCK):
-            raise ShardError(f"{path}: ends without the mark that closes a tar; it is truncated")
+        mark = file.read(2 * BLOCK)
+    if mark == bytes(2 * BLOCK):
+        return
+    where = f"after '{last}' (byte {end})" if last else "at its beginning"
+    if len(mark) < 2 * BLOCK:
+        raise ShardError(f"{path}: ends {where} without the mark that closes a tar; it is truncated")
+    raise ShardError(f"{path}: the header {where} is damaged; copy it anew or pack again")
 
 
 def index_path(tar: str | Path) -> Path:

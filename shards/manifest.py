@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from shards.cache import download
+from shards.cache import check_cache, download
 from shards.index import BLOCK, ShardError, ShardIndex, index_path, index_text, scan_tar
 from shards.storage import Remote, Storage, is_remote
 
@@ -218,7 +218,8 @@ def _parse(path: str, data: bytes) -> dict[str, Any]:
 
 
 def _check_remote(manifest: Manifest) -> None:
-    """Sizes of all shards, and that their indexes are there."""
+    """Sizes of all shards, that their indexes are there, and that the cache can hold them."""
+    check_cache(manifest.remote, manifest.shards)
     storage = Storage(manifest.folder, manifest.remote)
     names = [shard.name for shard in manifest.shards]
     sizes = storage.sizes([*names, *(index_path(name).name for name in names)])

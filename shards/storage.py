@@ -23,7 +23,7 @@ SLOWEST = 100_000  # bytes a second; an answer slower than this on the whole is 
 LONGEST_PAUSE_S = 16.0
 REQUESTS = 16  # questions after sizes that are under way at a time
 MISSING = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
-PACKAGES = {"s3": "pip install 'dermfm[s3]'", "gs": "pip install gcsfs", "http": "pip install aiohttp"}
+PACKAGES = {"s3": "pip install 'dermfm[s3]'", "gs": "pip install 'dermfm[gs]'", "http": "pip install aiohttp"}
 _log = logging.getLogger(__name__)
 
 

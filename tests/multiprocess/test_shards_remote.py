@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -11,7 +12,9 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from shards.manifest import Manifest, ShardError, write_manifest
 from shards.reader import ShardReader
@@ -57,11 +60,6 @@ def large(tmp_path_factory) -> Path:
 
 
 def sample_of(number: int) -> dict[str, str | bytes]:
-    import io
-
-    import numpy as np
-    from PIL import Image
-
     pixels = np.random.default_rng(number).integers(0, 256, (5, 7, 3), dtype=np.uint8)
     image = io.BytesIO()
     Image.fromarray(pixels).resize((70, 50), Image.Resampling.BICUBIC).save(image, "JPEG")
@@ -147,6 +145,23 @@ def test_two_processes_that_want_one_shard_at_once_both_get_it(root, large, serv
         assert (process.returncode, json.loads(out)) == (0, "a"), err
     assert sorted(p.suffix for p in cache.iterdir()) == [".idx", ".tar"]
     assert 1 <= web.count(".tar") <= 2
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("workers", "through_a_cache"), [(0, False), (2, False), (0, True)])
+def test_the_loaders_memory_is_flat_over_hundreds_of_epochs(root, folder, serve, tmp_path, workers, through_a_cache):
+    """27 samples: 1,500 batches of 32 are 1,777 epochs. Growth is read from the second half, by a straight line."""
+    remote = {"cache": str(tmp_path / "cache")} if through_a_cache else {}
+    url = serve(folder).url if through_a_cache else str(folder)
+    job = {"folder": url, "workers": workers, "batches": int(os.environ.get("SOAK_BATCHES", "1500")), "remote": remote}
+    command = [sys.executable, str(SCRIPT.with_name("soak_rank.py")), json.dumps(job)]
+    done = subprocess.run(command, env=environment(root), capture_output=True, text=True, timeout=800)
+    assert done.returncode == 0, done.stderr
+    numbers, memory = np.asarray(json.loads(done.stdout)).T
+    late = numbers >= numbers[-1] / 2
+    growth = np.polyfit(numbers[late], memory[late], 1)[0] * np.ptp(numbers[late])
+    assert growth < 4e6, f"{growth / 1e6:.1f} MB over {np.ptp(numbers[late])} batches: {memory.tolist()}"
 
 
 @pytest.fixture(scope="module")

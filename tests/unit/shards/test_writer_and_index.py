@@ -145,6 +145,15 @@ def test_a_tar_cut_anywhere_is_refused(tmp_path, keep):
         scan_tar(tmp_path / "a.tar")
 
 
+def test_a_damaged_header_is_named_with_the_sample_before_it_and_is_no_end_of_data(tmp_path):
+    write_shard(tmp_path, "a.tar", "train", samples(2))
+    data = bytearray((tmp_path / "a.tar").read_bytes())
+    data[1536 + 512 + 5] ^= 8  # in the header of the second sample
+    (tmp_path / "a.tar").write_bytes(bytes(data))
+    with pytest.raises(ShardError, match=r"a\.tar: the header after 'key0\.json' \(byte 2048\) is damaged"):
+        scan_tar(tmp_path / "a.tar")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
