@@ -109,13 +109,14 @@ def build_records(config: RecordsConfig, dry_run: bool = False) -> Built:
     count_lesion_conflicts(records, losses)
     records = _drop(records, config, losses)
     thumbnails: list[bytes] = []
+    originals = {(record.dataset, record.source_id): record.path for record in records}
     if not dry_run:
         records, thumbnails = image_work(records, config, reading)
     if not records:
         raise InputError(f"{out}: no record is left; {'; '.join(losses.lines()) or 'the sources are empty'}")
     hashes = [record.phash or "" for record in records]
     distance = -1 if dry_run else config.duplicate_distance
-    paths = [record.path for record in records]
+    paths = [originals[record.dataset, record.source_id] for record in records]
     pairs = duplicate_pairs(paths, hashes, thumbnails, distance, config.duplicate_matches, config.workers)
     assign_groups(records, pairs, losses)
     if config.copies == "drop":
