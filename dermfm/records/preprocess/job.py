@@ -42,8 +42,8 @@ def preprocess_records(
 ) -> list[Record]:
     """Make the images of the records below `folder`/records/images and point `path` at them.
 
-    Images that cannot be used are left out; every kind of oddity is counted in `losses` with the image's name. Width and
-    height become those of the result; the perceptual hash and the search for copies stay with the originals.
+    Images that cannot be used are left out; every kind of oddity is counted in `losses` with the image's name. Width
+    and height become those of the result; the perceptual hash and the search for copies stay with the originals.
     """
     images = (folder / "records" / IMAGES).resolve()
     targets = [target_path(record, images) for record in records]
