@@ -39,8 +39,8 @@ class RecordsConfig(SourceConfig):
     seed: int = key(0, "seed of the splits")
     valid: float = key(0.1, "share of images (by group) for validation, per data set and class")
     test: float = key(0.2, "share of images (by group) for testing, per data set and class")
-    duplicate_distance: int = key(16, "compare images whose perceptual hashes differ in at most so many bits; -1: none")
-    duplicate_similarity: float = key(0.85, "compared images of at least this similarity are one group (duplicates.py)")
+    duplicate_distance: int = key(8, "compare images whose perceptual hashes differ in at most so many bits; -1: none")
+    duplicate_matches: int = key(7, "local features that must agree for two pictures to be copies (keypoints.py)")
     copies: str = key("group", "copies of one photograph: group (kept, on one side) | drop (one of them is kept)")
     drop_conflicts: bool = key(True, "leave out records whose label and diagnosis text name different classes")
     drop_unlabelled: bool = key(False, "leave out records whose diagnosis maps to no class")
@@ -58,7 +58,7 @@ class RecordsConfig(SourceConfig):
             raise ValueError(f"valid + test: {self.valid + self.test:g} is not valid; together at most 1")
         check_choice("copies", self.copies, COPIES)
         check_range("duplicate_distance", self.duplicate_distance, -1, HASH_BITS // 2)
-        check_range("duplicate_similarity", self.duplicate_similarity, 0.5, 1)
+        check_range("duplicate_matches", self.duplicate_matches, 4, 100)
         check_range("workers", self.workers, 0)
 
 
@@ -109,13 +109,15 @@ def build_records(config: RecordsConfig, dry_run: bool = False) -> Built:
     count_lesion_conflicts(records, losses)
     records = _drop(records, config, losses)
     thumbnails: list[bytes] = []
+    originals = {(record.dataset, record.source_id): record.path for record in records}
     if not dry_run:
         records, thumbnails = image_work(records, config, reading)
     if not records:
         raise InputError(f"{out}: no record is left; {'; '.join(losses.lines()) or 'the sources are empty'}")
     hashes = [record.phash or "" for record in records]
     distance = -1 if dry_run else config.duplicate_distance
-    pairs = list(duplicate_pairs(hashes, thumbnails, distance, config.duplicate_similarity))
+    paths = [originals[record.dataset, record.source_id] for record in records]
+    pairs = duplicate_pairs(paths, hashes, thumbnails, distance, config.duplicate_matches, config.workers)
     assign_groups(records, pairs, losses)
     if config.copies == "drop":
         records = drop_copies(records, pairs, losses)
@@ -182,14 +184,19 @@ def image_work(records: list[Record], config: RecordsConfig, reading: Reading) -
     records whose image can be read, in order, and their thumbnails; the others are counted.
     """
     place = Place(config.workers, config.address)
+    originals = {id(record): record.path for record in records}
     if config.preprocess.enabled:
         records = preprocess_records(records, config.preprocess, reading.folder, place, reading.losses)
     kept, thumbnails = [], []
-    for record, facts in zip(records, all_image_facts([r.path for r in records], config.workers), strict=True):
+    # Copies are looked for on the originals: removed hairs and other sizes would hide the texture they are known by.
+    facts_of_all = all_image_facts([originals[id(record)] for record in records], config.workers)
+    for record, facts in zip(records, facts_of_all, strict=True):
         if facts.error:
             reading.losses.add(UNREADABLE, f"{record.path.name}: {facts.error}")
             continue
-        record.width, record.height, record.phash = facts.width, facts.height, facts.phash
+        record.phash = facts.phash
+        if not config.preprocess.enabled:
+            record.width, record.height = facts.width, facts.height
         kept.append(record)
         thumbnails.append(facts.thumbnail)
     if config.measure:

@@ -1,95 +1,97 @@
-"""Pictures that are the same photograph: copies, other crops, other colours, other compression.
+"""Pictures that are the same photograph: copies, other crops and magnifications, other colours, other compression.
 
-A 64-bit perceptual hash finds candidates, but a dark spot on pale skin has much the same hash as another one: among
-6,032 real images 10 of 14 pairs within 2 bits show different lesions, while true copies differ in up to 18 bits (other
-crop and colours). So the candidates' fine texture (hairs, skin lines, pigment) is compared as well: the largest
-correlation over small shifts after local contrast normalisation. On those images (candidates within 20 bits, the 100
-most similar pairs looked at as thumbnails) all 31 pairs from 0.84 on showed the same lesion, mostly the same
-photograph, and the most similar pair of different lesions had 0.836. The threshold was chosen on these images and
-favours precision: at least seven copies with other crops (0.76 to 0.835) and one beyond 16 bits are known to be missed.
+Candidates come from two cheap looks: 64-bit perceptual hashes that nearly agree, and, since another crop has another
+hash, the most similar pictures of every image by coarse correlation, also of its centre (a zoomed copy shows a part).
+Neither is proof: a dark spot on pale skin has much the hash of another one (among 6,032 real images 10 of 14 pairs
+within 2 bits show different lesions). So candidates are confirmed by local features that agree on one rotation, scale
+and shift (keypoints.py). What that finds on those images is in results/duplicates.json.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
-from scipy.ndimage import gaussian_filter
+
+from dermfm.records.keypoints import confirmed
 
 HASH_BITS = 64
 THUMBNAIL = 64  # side of the grey thumbnails in pixels
-MAX_SHIFT = 8  # thumbnail pixels
-COARSE = 16
-MIN_COARSE = 0.6  # correlation of 16 × 16 versions below which the texture is not compared
-ROWS = 512  # images compared with all later ones at a time
+COARSE = 8  # side of what is correlated: 64 numbers an image
+CENTRES = (1.0, 0.85, 0.7)  # shares of the side that are compared with whole pictures
+NEIGHBOURS = 3  # most similar pictures of an image, for each of CENTRES
+MIN_COARSE = 0.9  # correlation below which a neighbour is no candidate
+BLOCK = 1 << 22  # pairs looked at at a time
 
 
 def duplicate_pairs(
-    hashes: Sequence[str], thumbnails: Sequence[bytes], max_distance: int, min_similarity: float
-) -> Iterator[tuple[int, int]]:
-    """Pairs i < j of the same photograph.
+    paths: Sequence[Path],
+    hashes: Sequence[str],
+    thumbnails: Sequence[bytes],
+    max_distance: int,
+    min_matches: int,
+    workers: int = 0,
+) -> list[tuple[int, int]]:
+    """Pairs i < j of the same photograph, in order; none with `max_distance` < 0.
 
-    `hashes` are 16 hex digits or empty (pairs with nothing), `thumbnails` THUMBNAIL² grey bytes. Candidates differ in
-    at most `max_distance` bits; `min_similarity` is that of `similarity`.
+    `hashes` are 16 hex digits or empty, `thumbnails` THUMBNAIL² grey bytes. Candidates differ in at most `max_distance`
+    bits or resemble each other; `min_matches` local features must agree. Equal thumbnails need no proof.
     """
     if max_distance < 0 or len(hashes) < 2:
-        return
-    coarse = coarse_vectors(thumbnails)
-
-    @functools.lru_cache(maxsize=8192)
-    def spectrum(i: int) -> np.ndarray:
-        return texture_spectrum(as_picture(thumbnails[i]))
-
-    for i, j in near_hashes(hashes, max_distance):
-        is_copy = thumbnails[i] == thumbnails[j]
-        if not is_copy and coarse[i] @ coarse[j] >= MIN_COARSE:
-            is_copy = similarity(spectrum(i), spectrum(j)) >= min_similarity
-        if is_copy:
-            yield i, j
+        return []
+    candidates = {*near_hashes(hashes, max_distance), *neighbours(thumbnails)}
+    equal = {(i, j) for i, j in candidates if thumbnails[i] == thumbnails[j]}
+    return sorted(equal | confirmed(paths, sorted(candidates - equal), min_matches, workers))
 
 
 def near_hashes(hashes: Sequence[str], max_distance: int) -> Iterator[tuple[int, int]]:
     """All pairs i < j of non-empty hashes that differ in at most `max_distance` bits, in order."""
     index = np.array([i for i, text in enumerate(hashes) if text], dtype=np.int64)
     bits = np.array([int(hashes[i], 16) for i in index], dtype=np.uint64)
-    for start in range(0, len(bits), ROWS):
-        block = bits[start : start + ROWS]
+    rows = max(1, BLOCK // 8 // max(len(bits), 1))
+    for start in range(0, len(bits), rows):
+        block = bits[start : start + rows]
         distance = np.bitwise_count(block[:, None] ^ bits[None, start:])
-        rows, columns = np.nonzero(distance <= max_distance)
-        for row, column in zip(rows.tolist(), columns.tolist(), strict=True):
+        found = np.flatnonzero(distance <= max_distance)
+        for row, column in zip(*(part.tolist() for part in np.divmod(found, distance.shape[1])), strict=True):
             if column > row:
                 yield int(index[start + row]), int(index[start + column])
 
 
-def as_picture(thumbnail: bytes) -> np.ndarray:
-    """Thumbnail bytes as float32 [64, 64]."""
-    return np.frombuffer(thumbnail, np.uint8).reshape(THUMBNAIL, THUMBNAIL).astype(np.float32)
+def neighbours(thumbnails: Sequence[bytes]) -> Iterator[tuple[int, int]]:
+    """Pairs i < j where one picture, or its centre, is among the most similar to the other; a pair may come twice."""
+    pictures = np.frombuffer(b"".join(thumbnails), np.uint8).reshape(-1, THUMBNAIL, THUMBNAIL)
+    whole = coarse_vectors(pictures)
+    rows = max(1, BLOCK // max(len(whole), 1))
+    for share in CENTRES:
+        part = whole if share == 1 else coarse_vectors(pictures, share)
+        for start in range(0, len(part), rows):
+            correlation = part[start : start + rows] @ whole.T
+            here = np.arange(len(correlation))
+            correlation[here, here + start] = -1
+            for _ in range(min(NEIGHBOURS, len(whole) - 1)):
+                best = correlation.argmax(1)
+                value = correlation[here, best]
+                correlation[here, best] = -1
+                for row in np.flatnonzero(value >= MIN_COARSE).tolist():
+                    i, j = start + row, int(best[row])
+                    yield min(i, j), max(i, j)
 
 
-def coarse_vectors(thumbnails: Sequence[bytes]) -> np.ndarray:
-    """[N, 256] float32: 16 × 16 means of each thumbnail, centred, unit length; their dot product is a correlation."""
-    step = THUMBNAIL // COARSE
-    pictures = np.frombuffer(b"".join(thumbnails), np.uint8).reshape(-1, COARSE, step, COARSE, step)
-    vectors = pictures.mean((2, 4), dtype=np.float32).reshape(len(thumbnails), -1)
+def coarse_vectors(pictures: np.ndarray, share: float = 1.0) -> np.ndarray:
+    """[N, 64] float32 of uint8 [N, 64, 64]: 8 × 8 means of the centre (`share` of the side), centred, unit length.
+
+    Their dot product is a correlation.
+    """
+    edges = np.linspace(THUMBNAIL * (1 - share) / 2, THUMBNAIL * (1 + share) / 2, COARSE + 1)
+    # Weight of every pixel in every mean: the part of it that lies between two edges.
+    low, high = np.arange(THUMBNAIL)[:, None], np.arange(1, THUMBNAIL + 1)[:, None]
+    weight = np.clip(np.minimum(high, edges[1:]) - np.maximum(low, edges[:-1]), 0, None).astype(np.float32)
+    weight /= weight.sum(0)
+    vectors = np.empty((len(pictures), COARSE * COARSE), np.float32)
+    for start in range(0, len(pictures), 1024):  # floats of all pictures at once would be much
+        block = pictures[start : start + 1024].astype(np.float32)
+        vectors[start : start + 1024] = (weight.T @ (block @ weight)).reshape(len(block), -1)
     vectors -= vectors.mean(1, keepdims=True)
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-6)
-
-
-def texture_spectrum(picture: np.ndarray) -> np.ndarray:
-    """Fourier transform of a picture's locally normalised texture, windowed, centred, unit energy."""
-    detail = gaussian_filter(picture, 0.7) - gaussian_filter(picture, 3)
-    local = detail / (np.sqrt(gaussian_filter(detail * detail, 5)) + 1.5)
-    edge = np.hanning(THUMBNAIL)
-    window = np.minimum(1, 2 * edge[:, None] * edge[None, :])
-    texture = local * window
-    texture -= texture.mean()
-    texture /= np.linalg.norm(texture) + 1e-6
-    return np.fft.rfft2(texture).astype(np.complex64)
-
-
-def similarity(one: np.ndarray, two: np.ndarray) -> float:
-    """Largest correlation of two textures over shifts of up to MAX_SHIFT pixels, from their spectra; at most 1."""
-    correlation = np.fft.irfft2(one * np.conj(two), s=(THUMBNAIL, THUMBNAIL))
-    near = np.roll(correlation, (MAX_SHIFT, MAX_SHIFT), (0, 1))[: 2 * MAX_SHIFT + 1, : 2 * MAX_SHIFT + 1]
-    return float(near.max())

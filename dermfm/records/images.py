@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import imagehash
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from dermfm.config import InputError
 from dermfm.progress import track
 from dermfm.records.duplicates import THUMBNAIL
+from dermfm.records.preprocess.decode import decode
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 MAX_PIXELS = 200_000_000  # larger files are refused: decompression bombs, whole-slide scans
@@ -101,11 +103,17 @@ def image_facts(path: Path) -> ImageFacts:
                 return ImageFacts(error=f"{width}x{height} pixels, more than {MAX_PIXELS}")
             if image.format == "JPEG":
                 image.draft("L", (128, 128))
-            grey = image.convert("L")
+            # Pillow's own conversion to grey cuts 16 bits off at white.
+            is_plain = image.mode in ("L", "RGB")
+            grey = image.convert("L") if is_plain else Image.fromarray(_decoded(path)).convert("L")
             thumbnail = grey.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX).tobytes()
             return ImageFacts(width, height, str(imagehash.phash(grey)), thumbnail)
     except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         return ImageFacts(error=f"{type(error).__name__}: {error}")
+
+
+def _decoded(path: Path) -> np.ndarray:
+    return decode(path.read_bytes(), MAX_PIXELS).pixels
 
 
 def all_image_facts(paths: Sequence[Path], workers: int = 0) -> list[ImageFacts]:

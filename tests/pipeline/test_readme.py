@@ -76,7 +76,7 @@ def link_data(folder: Path) -> None:
     (folder / "data").mkdir()
     for table in (data / "native").iterdir():
         (folder / "data" / table.name).symlink_to(table)
-    for name, source in (("HAM10000", "HAM10000"), ("MILK10k", "."), ("mine", ".")):
+    for name, source in (("HAM10000", "HAM10000"), ("MILK10k", "."), ("PAD-UFES-20", "PAD_UFES_20"), ("mine", ".")):
         (folder / "data" / name).symlink_to(data / "images" / source)
     (folder / "data" / "mine.csv").symlink_to(data / "metadata.csv")
 

@@ -8,6 +8,7 @@ import numpy as np
 # s3:33).
 BANDS = ((55.0, "very light"), (41.0, "light"), (28.0, "intermediate"), (10.0, "tan"), (-30.0, "brown"))
 DARKEST = "dark"
+MIN_SKIN_B = 6.0  # b* of skin under white light is 10 to 25
 
 
 def typology_angle(lightness: float, b: float) -> float:
@@ -42,4 +43,6 @@ def skin_angle(lab: np.ndarray, is_skin: np.ndarray) -> tuple[float, float]:
     lightness, _, b = np.median(middle, axis=0)
     angles = np.degrees(np.arctan2(skin[:, 0] - 50, np.maximum(skin[:, 2], 1e-6)))
     spread = float(np.subtract(*np.quantile(angles, [0.75, 0.25])))
-    return typology_angle(float(lightness), float(b)), float(min(1, is_skin.mean() / 0.2) * np.exp(-spread / 40))
+    like_skin = float(np.clip(b / MIN_SKIN_B, 0, 1))  # coloured light: the angle then says little
+    confidence = float(min(1, is_skin.mean() / 0.2) * np.exp(-spread / 40)) * like_skin
+    return typology_angle(float(lightness), float(b)), confidence

@@ -57,5 +57,7 @@ def _blobs(lightness: np.ndarray, inner: np.ndarray, radii: tuple[float, float],
     sigma = np.sqrt(low * high) / np.sqrt(2)
     smooth = cv2.GaussianBlur(lightness, (0, 0), sigma)
     response = np.abs(sigma**2 * cv2.Laplacian(smooth, cv2.CV_32F, ksize=1))
-    peak = response == cv2.dilate(response, np.ones((3, 3), np.uint8))
+    # A blob's response has a ring of the other sign around it: only the largest within it counts.
+    window = 2 * round(3 * sigma) + 1
+    peak = response == cv2.dilate(response, np.ones((window, window), np.uint8))
     return int((peak & inner & (response > 2.0)).sum())

@@ -42,9 +42,8 @@ def preprocess_records(
 ) -> list[Record]:
     """Make the images of the records below `folder`/records/images and point `path` at them.
 
-    Images that cannot be used are left out; every kind of oddity is counted in `losses` with the image's name.
-    Duplicate search, hash and size then see the result: copies of one photograph differ less once frames are cut and
-    sizes agree.
+    Images that cannot be used are left out; every kind of oddity is counted in `losses` with the image's name. Width
+    and height become those of the result; the perceptual hash and the search for copies stay with the originals.
     """
     images = (folder / "records" / IMAGES).resolve()
     targets = [target_path(record, images) for record in records]
@@ -60,7 +59,7 @@ def preprocess_records(
             continue
         for kind in row["kinds"]:
             losses.add(kind, name)
-        record.path = Path(task.target)
+        record.path, record.width, record.height = Path(task.target), row["width"], row["height"]
         kept.append(record)
     return kept
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections import Counter, defaultdict
 from itertools import combinations
 from pathlib import Path
@@ -12,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance
 
-from dermfm.records.duplicates import THUMBNAIL, duplicate_pairs, near_hashes
+from dermfm.records.duplicates import THUMBNAIL, duplicate_pairs, near_hashes, neighbours
 from dermfm.records.groups import DROPPED, assign_groups, drop_copies
 from dermfm.records.images import image_facts
+from dermfm.records.keypoints import describe, num_agreeing
 from dermfm.records.source import Losses
 from dermfm.records.splits import LEAK, MOVED, assign_splits
 from dermfm.records.table import Record
@@ -68,46 +68,60 @@ def test_near_hashes_finds_exactly_the_pairs_within_the_distance(
     assert set(near_hashes([f"{value:016x}" for value in values], distance)) == expected
 
 
-def facts_of(image: Image.Image, quality: int, folder: Path, name: str) -> tuple[str, bytes]:
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=quality)
-    path = folder / f"{name}.jpg"
-    path.write_bytes(buffer.getvalue())
-    facts = image_facts(path)
-    return facts.phash, facts.thumbnail
+def copies_among(pictures: list[Image.Image], folder: Path, distance: int = 8) -> set[tuple[int, int]]:
+    """What `duplicate_pairs` finds among the pictures, each saved at another JPEG quality."""
+    paths = [folder / f"{i}.jpg" for i in range(len(pictures))]
+    for i, (path, picture) in enumerate(zip(paths, pictures, strict=True)):
+        picture.save(path, quality=92 - 5 * i)
+    facts = [image_facts(path) for path in paths]
+    assert {len(each.thumbnail) for each in facts} == {THUMBNAIL**2}
+    return set(duplicate_pairs(paths, [f.phash for f in facts], [f.thumbnail for f in facts], distance, 8))
 
 
-def test_a_recompressed_recoloured_cropped_copy_is_found_and_another_picture_is_not(tmp_path: Path) -> None:
+def test_recompressed_recoloured_cropped_and_magnified_copies_are_found_and_other_pictures_are_not(
+    tmp_path: Path,
+) -> None:
     original = textured(1, (240, 200))
     pictures = [
         original,
-        original.resize((120, 100)),
+        original.resize((160, 133)),
         ImageEnhance.Brightness(original).enhance(1.15),
         original.crop((5, 4, 236, 198)),
+        original.crop((36, 30, 204, 170)).resize((300, 250), Image.Resampling.BICUBIC),
         textured(2, (240, 200)),
     ]
-    facts = [facts_of(p, 90 - 10 * i, tmp_path, str(i)) for i, p in enumerate(pictures)]
-    hashes, thumbnails = zip(*facts, strict=True)
-    assert len(thumbnails[0]) == THUMBNAIL**2
-    found = set(duplicate_pairs(hashes, thumbnails, 16, 0.85))
-    assert {(0, 1), (0, 2), (0, 3)} <= found
-    assert not any(4 in pair for pair in found)
-    assert list(duplicate_pairs(hashes, thumbnails, -1, 0.85)) == []
+    found = copies_among(pictures, tmp_path)
+    assert {(0, i) for i in range(1, 5)} <= found
+    assert not any(5 in pair for pair in found)
+    assert copies_among(pictures, tmp_path, distance=-1) == set()
+
+
+def spot_on_skin(seed: int) -> Image.Image:
+    """A dark spot like that of every other seed, on skin and with a structure of its own."""
+    rows, columns = np.mgrid[:160, :160] - 80
+    angle, radius = np.arctan2(rows, columns), np.hypot(rows, columns)
+    spot = 1 / (1 + np.exp((radius - 30 - 3 * np.cos(3 * angle + seed)) / 3))
+    texture = np.asarray(textured(seed, (160, 160)).convert("L"), float) - 140
+    picture = 190 + 0.15 * texture - spot * (110 + 0.5 * texture)
+    return Image.fromarray(picture.clip(0, 255).astype(np.uint8))
 
 
 def test_two_dark_spots_on_pale_skin_are_not_taken_for_the_same_photograph(tmp_path: Path) -> None:
-    rows, columns = np.mgrid[:160, :160] - 80
-    angle, radius = np.arctan2(rows, columns), np.hypot(rows, columns)
-    facts = []
-    for seed in (3, 4):
-        spot = 1 / (1 + np.exp((radius - 30 - 3 * np.cos(3 * angle + seed)) / 3))
-        texture = np.asarray(textured(seed, (160, 160)).convert("L"), float) - 140
-        picture = 190 + 0.15 * texture - spot * (110 + 0.5 * texture)
-        image = Image.fromarray(picture.clip(0, 255).astype(np.uint8))
-        facts.append(facts_of(image, 95, tmp_path, str(seed)))
-    hashes, thumbnails = zip(*facts, strict=True)
-    assert list(near_hashes(hashes, 24)) == [(0, 1)]
-    assert list(duplicate_pairs(hashes, thumbnails, 24, 0.85)) == []
+    spots = [spot_on_skin(3), spot_on_skin(4)]
+    assert copies_among(spots, tmp_path) == set()
+    # They were candidates: it was the local features that told them apart.
+    thumbnails = [image_facts(tmp_path / f"{i}.jpg").thumbnail for i in range(2)]
+    assert set(neighbours(thumbnails)) == {(0, 1)}
+    assert copies_among([spots[0], spots[0].crop((10, 8, 152, 150))], tmp_path) == {(0, 1)}
+
+
+def test_features_agree_only_where_one_similarity_transform_carries_them_over() -> None:
+    grey = np.asarray(textured(5, (200, 160)).convert("L"))
+    here = describe(grey)
+    assert num_agreeing(here, here) > 50
+    assert num_agreeing(here, describe(np.rot90(grey).copy())) > 30
+    assert num_agreeing(here, describe(np.asarray(textured(6, (200, 160)).convert("L"))), 8) == 0
+    assert num_agreeing(here, describe(np.full((128, 128), 90, np.uint8)), 8) == 0
 
 
 def test_dropping_copies_keeps_the_external_and_labelled_one_and_what_they_link() -> None:

@@ -1,0 +1,101 @@
+"""Proof that two pictures show the same skin: local features that agree on one rotation, scale and shift.
+
+SIFT (Lowe 2004, doi:10.1023/B:VISI.0000029664.99615.94) with square-rooted descriptors (Arandjelović and Zisserman
+2012) on small grey pictures of equalised contrast, matched by Lowe's ratio test, and a similarity transform by RANSAC.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image, ImageOps
+
+from dermfm.progress import track
+
+SIDE = 128  # shorter side in pixels of the picture that is described
+FEATURES = 100  # at most so many an image
+RATIO = 0.72  # nearest over second-nearest descriptor distance, squared
+REACH = 4.0  # pixels that a feature may lie beside its place
+SCALES = (0.4, 2.5)
+POOL_FROM = 512  # images; fewer are done in process
+CHUNK = 64
+
+
+@dataclass(frozen=True)
+class Features:
+    """places float32 [n, 2] in pixels of the small picture, descriptors uint8 [n, 128]."""
+
+    places: np.ndarray
+    descriptors: np.ndarray
+
+
+def confirmed(
+    paths: Sequence[Path], pairs: Sequence[tuple[int, int]], min_matches: int, workers: int = 0
+) -> set[tuple[int, int]]:
+    """The pairs (places in `paths`) of which at least `min_matches` features agree."""
+    used = sorted({i for pair in pairs for i in pair})
+    found = track(_described([paths[i] for i in used], workers), len(used), "describing images", "images")
+    of = dict(zip(used, found, strict=True))
+    both = [(of[i], of[j]) for i, j in pairs]
+    counts = [num_agreeing(one, two, min_matches) for one, two in track(both, len(both), "comparing images", "pairs")]
+    return {pair for pair, count in zip(pairs, counts, strict=True) if count >= min_matches}
+
+
+def features_of(path: Path) -> Features:
+    """Features of an image file, the strongest first."""
+    with Image.open(path) as image:
+        if image.format == "JPEG":
+            image.draft("L", (2 * SIDE, 2 * SIDE))
+        grey = ImageOps.exif_transpose(image).convert("L")
+        scale = SIDE / min(grey.size)
+        size = (max(1, round(grey.width * scale)), max(1, round(grey.height * scale)))
+        return describe(np.asarray(grey.resize(size, Image.Resampling.BOX, reducing_gap=2.0)))
+
+
+def describe(grey: np.ndarray) -> Features:
+    """Features of a small grey picture, uint8 [H, W]."""
+    cv2.setNumThreads(1)  # processes already share the cores
+    level = cv2.createCLAHE(4.0, (6, 6)).apply(grey)
+    points, descriptors = cv2.SIFT.create(FEATURES, contrastThreshold=0.01).detectAndCompute(level, None)
+    if descriptors is None:
+        return Features(np.empty((0, 2), np.float32), np.empty((0, 128), np.uint8))
+    order = np.argsort([-point.response for point in points], kind="stable")[:FEATURES]
+    share = descriptors[order] / np.maximum(descriptors[order].sum(1, keepdims=True), 1e-6)
+    places = np.array([points[i].pt for i in order], np.float32)
+    return Features(places, np.rint(255 * np.sqrt(share)).astype(np.uint8))
+
+
+def num_agreeing(one: Features, two: Features, enough: int = 0) -> int:
+    """Features of two pictures that agree on one similarity transform; 0 where fewer than `enough` match at all."""
+    if min(len(one.places), len(two.places)) < max(enough, 3):
+        return 0
+    likeness = (one.descriptors.astype(np.float32) / 255) @ (two.descriptors.astype(np.float32) / 255).T
+    rows = np.arange(len(likeness))
+    best = likeness.argmax(1)
+    first = likeness[rows, best].copy()
+    likeness[rows, best] = -1
+    is_match = (1 - first) < RATIO * (1 - likeness.max(1))
+    if is_match.sum() < max(enough, 3):
+        return 0
+    transform, agree = cv2.estimateAffinePartial2D(
+        one.places[is_match], two.places[best[is_match]], ransacReprojThreshold=REACH, maxIters=500
+    )
+    if transform is None or not SCALES[0] < np.hypot(transform[0, 0], transform[0, 1]) < SCALES[1]:
+        return 0
+    # Several features of one picture may claim the same place of the other; it counts once.
+    return len(set(best[is_match][agree.ravel().astype(bool)].tolist()))
+
+
+def _described(paths: Sequence[Path], workers: int) -> Iterator[Features]:
+    workers = workers or os.cpu_count() or 1
+    if workers == 1 or len(paths) < POOL_FROM:
+        yield from map(features_of, paths)
+        return
+    with ProcessPoolExecutor(workers) as pool:
+        yield from pool.map(features_of, paths, chunksize=CHUNK)
