@@ -219,7 +219,7 @@ def test_negatives_are_drawn_in_proportion_to_the_softmax_of_similarity():
     logits = (scale.exp() * image[:1] @ text.T).squeeze(0)
     logits[0] = float("-inf")
     expected = logits.softmax(0)
-    row = Pairs(allowed_pairs.own[:1], allowed_pairs.blocked[:1], allowed_pairs.same_class[:1], torch.ones(1))
+    row = Pairs(allowed_pairs.own[:1], allowed_pairs.blocked[:1], allowed_pairs.same_class[:1], allowed_pairs.other_class[:1], torch.ones(1))
     counts = torch.zeros(size)
     for draw in range(draws):
         everyone = draw * size + torch.arange(size)
