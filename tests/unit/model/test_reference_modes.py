@@ -1,4 +1,4 @@
-"""The twelve training modes of the reference study: each preset's loss is its published formula, written out in loops."""
+"""The reference study's twelve training modes: each preset's loss is its published formula, written out in loops."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dermfm.config import InputError, load
 from dermfm.model.dermfm import DermFM
-from dermfm.plan import TrainConfig
+from dermfm.plan import TrainConfig, check_sources
 from dermfm.samples import Batch, hash63, tokenize
 from dermfm.step import optimizer_step
 
@@ -46,12 +46,10 @@ def infonce(a: Tensor, b: Tensor, temperature: float) -> Tensor:
 
 
 def clip(a: Tensor, b: Tensor, temperature: float) -> Tensor:
-    rows = [
-        cross_entropy(torch.stack([(a[i] * b[j]).sum() / temperature for j in range(SIZE)]), i) for i in range(SIZE)
-    ]
-    rows += [
-        cross_entropy(torch.stack([(b[i] * a[j]).sum() / temperature for j in range(SIZE)]), i) for i in range(SIZE)
-    ]
+    rows = []
+    for u, v in ((a, b), (b, a)):
+        scores = [torch.stack([(u[i] * v[j]).sum() / temperature for j in range(SIZE)]) for i in range(SIZE)]
+        rows += [cross_entropy(row, i) for i, row in enumerate(scores)]
     return torch.stack(rows).mean()
 
 
@@ -147,8 +145,7 @@ class PlainEngine:
         loss.backward()
 
 
-@pytest.mark.parametrize("micro_batch", [SIZE, 4])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("mode", "micro_batch"), [*((mode, 4) for mode in MODES), ("multimodal", SIZE)])
 def test_a_mode_s_loss_and_gradients_are_those_of_its_formula(root, encoder, mode, micro_batch):
     config = preset(root, mode, encoder)
     assert config.model.embed_dim == 128
@@ -185,6 +182,6 @@ def test_a_mode_takes_other_towers_by_overlay(root, tmp_path):
     assert config.objectives.fixed_temperature == {"clip": 0.5}
     assert math.isclose(config.optimizer.lr, 1e-4)
     own.write_text(f"extends: [{folder}/CLIP.yaml, {folder}/panderm.yaml]\nrun: a\nshards: b\n")
-    with pytest.raises(InputError, match=r"the key 'model.image.weights' is required"):
-        load(TrainConfig, own)
+    with pytest.raises(InputError, match=r"no weights at panderm_vitb16\.pth"):
+        check_sources(load(TrainConfig, own).model)
     assert load(TrainConfig, own, ["model.image.weights=w.pth"]).model.image.name == "vit_base_patch16_224"
