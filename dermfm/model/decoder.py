@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -150,7 +151,7 @@ class Decoder(nn.Module):
         check_range("temperature", temperature, 1e-3)
         image = self.image_in(image_tokens)
         rows = len(image_tokens)
-        draws = [torch.Generator().manual_seed((seed << 32) + row) for row in range(rows)]
+        draws = [np.random.default_rng((seed, row)) for row in range(rows)]
         written = torch.full((rows, 1), self.start, device=image.device)
         memories = self.start_memory(image, max_tokens or longest) if cache else None
         ended = torch.zeros(rows, dtype=torch.bool, device=image.device)
@@ -172,13 +173,13 @@ class Decoder(nn.Module):
         return [list(itertools.takewhile(lambda t: t != self.end, row)) for row in written.tolist()]
 
 
-def choose_tokens(logits: Tensor, top_p: float, temperature: float, draws: list[torch.Generator]) -> Tensor:
+def choose_tokens(logits: Tensor, top_p: float, temperature: float, draws: list[np.random.Generator]) -> Tensor:
     """One token a row [B] of logits [B, V]: the likeliest (`top_p` 0), or a draw from its nucleus."""
     if top_p == 0:
         return logits.argmax(1)
     probabilities, order = (logits.double() / temperature).softmax(1).sort(1, descending=True)
     below = probabilities.cumsum(1) - probabilities  # mass before each token: the first is always inside
     inside = probabilities.masked_fill(below >= top_p, 0).cumsum(1)
-    uniform = torch.cat([torch.rand(1, generator=g, dtype=torch.float64) for g in draws]).to(logits.device)
+    uniform = torch.tensor([rng.random() for rng in draws], dtype=torch.float64, device=logits.device)
     place = torch.searchsorted(inside, (uniform * inside[:, -1])[:, None], right=True)
     return order.gather(1, place.clamp(max=logits.shape[1] - 1))[:, 0]
