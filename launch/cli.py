@@ -26,6 +26,8 @@ JOBS: dict[str, tuple[str, tuple[str, ...]]] = {
     "shards": ("pack images and notes into WebDataset shards", ("add-notes", "verify", "index")),
     "train": ("pretrain the image-text model with DeepSpeed ZeRO", ()),
     "evaluate": ("score a checkpoint: classification, zero-shot, retrieval, per data set and partition", ()),
+    "export": ("write a checkpoint as a folder that stands alone: weights, processor, calibration, model card", ()),
+    "predict": ("classes, nearest notes, reports and attention maps for a folder of images, as CSV and HTML", ()),
     "report": ("write one self-contained HTML page about a run", ()),
     "demo": ("run the whole chain on the embedded atlas or on a folder of real images", ()),
 }

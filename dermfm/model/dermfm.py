@@ -17,6 +17,7 @@ from dermfm.config import InputError, check_choice, check_range, key
 from dermfm.model.decoder import Decoder, DecoderConfig
 from dermfm.model.fusion import FUSIONS, FusionConfig, masked_mean
 from dermfm.model.image import ImageConfig, ImageTower
+from dermfm.model.summary import Part, summary
 from dermfm.model.text import TextConfig, TextTower, load_tokenizer
 from dermfm.records.vocabulary import MALIGNANCIES, SUBCLASSES
 
@@ -166,6 +167,10 @@ class DermFM(nn.Module):
         )
         texts = self.tokenizer.batch_decode(self.decoder.cut(written), skip_special_tokens=True)
         return [tidy_spaces(text) for text in texts]
+
+    def summary(self) -> list[Part]:
+        """Parameters, FLOPs and activation memory of one sample by part, and `total`."""
+        return summary(self)
 
     def backbone_features(self, pixels: Tensor) -> Tensor:
         """Pooled features [B, D] of the image tower before the projection."""

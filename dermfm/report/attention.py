@@ -117,7 +117,7 @@ def _map_of(model: Any, evaluation: Evaluation, texts: TextSet, place: int, imag
     row, text = int(texts.rows[place]), texts.texts[place]
     sample = images.sample(str(evaluation.records.record_ids[row]))
     pixels = decode_image(image_bytes(sample), model.image_size)
-    weights, spans = _word_weights(model, pixels, text)
+    weights, spans = word_weights(model, pixels, text)
     picture = Image.fromarray(pixels.transpose(1, 2, 0)).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
     words = []
     for word, (start, end) in telling_words(text):
@@ -129,7 +129,7 @@ def _map_of(model: Any, evaluation: Evaluation, texts: TextSet, place: int, imag
     return AttentionMap(label, dataset, shorten(text), data_uri(picture, SIZE), words)
 
 
-def _word_weights(model: Any, pixels: np.ndarray, text: str) -> tuple[np.ndarray, list[tuple[int, int]]]:
+def word_weights(model: Any, pixels: np.ndarray, text: str) -> tuple[np.ndarray, list[tuple[int, int]]]:
     """(weights [T, P] averaged over heads, characters of each token) of one note over one image."""
     limit = model.config.text.max_tokens
     tokens, lengths = tokenize(model.tokenizer, [text], limit)
