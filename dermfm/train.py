@@ -127,7 +127,8 @@ def _engine(config: TrainConfig, arithmetic: Plan, source: checkpoint.Source | N
         device=process.device,
         load_universal=source is not None and source.is_universal,
     )
-    model = DermFM(config.model).train()
+    with zero.towers_in_shards(settings, process.device):
+        model = DermFM(config.model).train()
     return zero.initialize(model, parameter_groups(model, config.optimizer), settings, process.device)
 
 

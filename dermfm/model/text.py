@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 from dermfm.config import InputError, check_choice, check_range, key
 from dermfm.model.attention import KERNELS, Packing, attention, attention_packed, pack, unpack
 from dermfm.model.pooling import AttentionPool
-from dermfm.model.weights import PACKAGE, package_folder
+from dermfm.model.weights import PACKAGE, SHARDING, package_folder
 
 transformers_logging.disable_progress_bar()
 # Encoders whose rows can lie end to end: their positions are given from outside and their attention is replaceable.
@@ -64,9 +65,7 @@ class TextTower(nn.Module):
         source = encoder_folder(config.name)
         try:
             self.body: Any = (
-                AutoModel.from_pretrained(source, dtype=torch.float32)
-                if config.pretrained
-                else AutoModel.from_config(AutoConfig.from_pretrained(source))
+                _pretrained(source) if config.pretrained else AutoModel.from_config(AutoConfig.from_pretrained(source))
             )
         except (OSError, ValueError) as error:
             raise _missing(config.name, error) from error
@@ -128,6 +127,12 @@ class TextTower(nn.Module):
         self.requires_grad_(False)
         for layer in layers[len(layers) - train_blocks :]:
             layer.requires_grad_(True)
+
+
+def _pretrained(source: str) -> Any:
+    sharding = SHARDING.get()
+    with sharding.pretrained() if sharding is not None else contextlib.nullcontext():
+        return AutoModel.from_pretrained(source, dtype=torch.float32)
 
 
 def _make_packable(body: Any) -> int | None:

@@ -36,11 +36,13 @@ _log = logging.getLogger(__name__)
 class Sharding:
     """How towers are built in shards: `structure()` around a constructor, `whole(tensors)` around writes to them.
 
-    Inside `whole` the tensors have their full shape; what rank 0 writes is what all ranks keep.
+    Inside `whole` the tensors have their full shape; what rank 0 writes is what all ranks keep. Hugging Face's loader
+    does all of it by itself inside `pretrained()`.
     """
 
     structure: Callable[[], AbstractContextManager]
     whole: Callable[[list[nn.Parameter]], AbstractContextManager]
+    pretrained: Callable[[], AbstractContextManager]
     is_first: bool
 
 
