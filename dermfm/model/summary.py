@@ -11,13 +11,21 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 if TYPE_CHECKING:
     from dermfm.model.dermfm import DermFM
 
 TOWERS = {"image": "image tower", "text": "text tower", "fusion": "fusion", "decoder": "decoder"}
 REST = "projections and heads"
+
+
+def _attention_work(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+# Torch counts the fused kernels of CUDA only.
+_CPU_KERNEL = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_work}
 
 
 @dataclass(frozen=True)
@@ -99,7 +107,12 @@ def _measure(run: Callable[[], Any], model: DermFM) -> tuple[int, int]:
         return tensor
 
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    with torch.enable_grad(), _uncached(model), hooks, FlopCounterMode(display=False) as counter:
+    with (
+        torch.enable_grad(),
+        _uncached(model),
+        hooks,
+        FlopCounterMode(display=False, custom_mapping=_CPU_KERNEL) as counter,
+    ):
         out = run()  # held until it is measured: freed memory would be given out twice
     del out
     return counter.get_total_flops(), sum(kept.values())
