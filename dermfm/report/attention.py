@@ -92,7 +92,12 @@ class AttentionMap:
 def attention_maps(
     model: Any, evaluation: Evaluation, which: int, images: Images, count: int, seed: int
 ) -> list[AttentionMap]:
-    """Maps of `count` records with their own notes of text set number `which`; records without a telling word go."""
+    """Maps of `count` records with their own notes of text set number `which`; records without a telling word go.
+
+    None where the model's fusion has no attention (`late`, `none`).
+    """
+    if model.config.fusion.kind in ("late", "none"):
+        return []
     texts = evaluation.texts[which]
     records = evaluation.records
     with_words = np.array([i for i, text in enumerate(texts.texts) if telling_words(text)], dtype=np.int64)
