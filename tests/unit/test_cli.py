@@ -117,7 +117,7 @@ def test_the_program_s_exit_code_is_main_s(root):
 
 def test_an_unknown_job_names_the_nearest_or_lists_all(capsys):
     assert refusal(capsys, "trian") == "dermfm trian: unknown job 'trian'; did you mean 'train'?"
-    assert "valid: demo, evaluate, notes" in refusal(capsys, "zzzz")
+    assert "valid: demo, evaluate, export, notes" in refusal(capsys, "zzzz")
 
 
 def test_an_unknown_option_names_the_nearest(capsys):
