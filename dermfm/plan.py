@@ -11,9 +11,9 @@ from dermfm.model.dermfm import ModelConfig
 from dermfm.model.image import check_name
 from dermfm.model.text import encoder_folder
 from dermfm.model.weights import weights_file
+from dermfm.objectives import ObjectiveConfig, check_objectives
 from dermfm.optimizer import OptimizerConfig
 from dermfm.samples import AugmentConfig, check_strategies
-from dermfm.step import ObjectiveConfig
 from dermfm.storage import CacheConfig, remote
 from dermfm.zero import ZeroConfig
 from shards.manifest import Manifest
@@ -53,7 +53,8 @@ class TrainConfig:
     allow_change: list[str] = key([], "identity keys that a resumed run may change")
 
     def __post_init__(self) -> None:
-        check_range("contrastive_batch", self.contrastive_batch, 2)
+        check_range("contrastive_batch", self.contrastive_batch, 1)
+        check_objectives(self.objectives, self.model, self.contrastive_batch)
         check_range("micro_batch", self.micro_batch, 1)
         check_range("epochs", self.epochs, 1e-6)
         check_range("balance", self.balance, 0, 1)

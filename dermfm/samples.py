@@ -23,7 +23,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from dermfm.concepts import CONCEPTS, find_concepts
 from dermfm.config import InputError, check_range, key, nearest
+from dermfm.records.vocabulary import MALIGNANCIES, SUBCLASSES
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 LUMA = (0.299, 0.587, 0.114)
@@ -60,13 +62,15 @@ class AugmentConfig:
 
 @dataclass
 class Item:
-    """One decoded sample. `pixels` uint8 [3, S, S]; `label` −1 where unknown; `group` a 63-bit hash of the group."""
+    """One decoded sample. `pixels` uint8 [3, S, S]; labels are −1 where unknown; `group` a 63-bit hash of the group."""
 
     pixels: np.ndarray
     text: str
     label: int
     group: int
     record_id: str
+    subclass: int = -1
+    malignancy: int = -1
 
 
 @dataclass
@@ -76,6 +80,8 @@ class Batch:
     pixels uint8 [B, 3, S, S]; tokens int64 [B, T], padded after the note; lengths int64 [B], valid tokens; labels int64
     [B], −1 unknown; weight float32 [B], 0 for a bad or padded sample; group, text int64 [B], 63-bit hashes of group_id
     and of the note (negative and unique where weight is 0); indices int64 [B], stream indices or rows; record_ids [B].
+    subclasses, malignancies int64 [B], places in the vocabulary's lists, −1 unknown; concepts bool [B, 63], the concept
+    words of the note. These three may be left out: then nothing is known.
     """
 
     pixels: torch.Tensor
@@ -87,6 +93,15 @@ class Batch:
     text: torch.Tensor
     indices: torch.Tensor
     record_ids: list[str]
+    subclasses: torch.Tensor = None  # type: ignore[assignment]
+    malignancies: torch.Tensor = None  # type: ignore[assignment]
+    concepts: torch.Tensor = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        self.subclasses = torch.full_like(self.labels, -1) if self.subclasses is None else self.subclasses
+        self.malignancies = torch.full_like(self.labels, -1) if self.malignancies is None else self.malignancies
+        if self.concepts is None:
+            self.concepts = self.labels.new_zeros((len(self.labels), len(CONCEPTS)), dtype=torch.bool)
 
     def __len__(self) -> int:
         return len(self.record_ids)
@@ -125,11 +140,12 @@ class SampleFn:
         label = fields.get("label")
         record_id = str(fields.get("record_id") or sample["__key__"].decode())
         group = hash63(str(fields.get("group_id") or record_id))
+        finer = _place(fields.get("matched_subclass"), SUBCLASSES), _place(fields.get("malignancy"), MALIGNANCIES)
         data = image_bytes(sample)
 
         def decode() -> Item:
             pixels = decode_image(data, self.image_size, rng, self.augment)
-            return Item(pixels, text, -1 if label is None else int(label), group, record_id)
+            return Item(pixels, text, -1 if label is None else int(label), group, record_id, *finer)
 
         return decode
 
@@ -160,10 +176,19 @@ class Collate:
             text=torch.from_numpy(text),
             indices=torch.from_numpy(np.array(indices, dtype=np.int64)),
             record_ids=[item.record_id for item in filled],
+            subclasses=torch.tensor([item.subclass for item in filled], dtype=torch.int64),
+            malignancies=torch.tensor([item.malignancy for item in filled], dtype=torch.int64),
+            concepts=torch.from_numpy(np.stack([find_concepts(item.text) for item in filled])),
         )
 
     def _placeholder(self) -> Item:
         return Item(np.full((3, self.image_size, self.image_size), 128, dtype=np.uint8), "", -1, -1, "")
+
+
+def _place(name: Any, names: Sequence[str]) -> int:
+    """Place of a name in a list of the vocabulary, whatever its case; −1 where it is not in it."""
+    folded = str(name or "").casefold()
+    return next((i for i, known in enumerate(names) if known.casefold() == folded), -1)
 
 
 def stack_pixels(images: Sequence[np.ndarray]) -> torch.Tensor:

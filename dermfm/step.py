@@ -2,15 +2,16 @@
 
 The features of all micro-batches are computed first (without gradient if there is more than one), the contrastive loss
 over the features of all ranks gives their gradients, and a second pass carries these back together with the losses
-that need no other sample (matching against mined negatives, classification). So the negatives of a step do not depend
-on the number of ranks or on the micro-batch (Gao et al. 2021, arXiv 2101.06983).
+that need no other sample (see the table in `dermfm.objectives`). So the negatives of a step do not depend on the number
+of ranks or on the micro-batch (Gao et al. 2021, arXiv 2101.06983).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,41 +20,56 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dermfm import losses
-from dermfm.config import check_choice, check_range, key
-from dermfm.samples import Batch, hash63
+from dermfm.objectives import OBJECTIVES, ObjectiveConfig, Pass, noted
+from dermfm.samples import Batch
 
-NO_NOTE = hash63("")
+__all__ = ["ObjectiveConfig", "optimizer_step", "split"]
+LEARNED = ("logit_scale", "logit_bias")  # of the text phase, without samples
 
 
-@dataclass(kw_only=True)
-class ObjectiveConfig:
-    """Weights of the objectives; 0 switches one off. Without the five that read notes, no text is encoded."""
+def optimizer_step(engine: Any, batch: Batch, micro_batch: int, objectives: ObjectiveConfig) -> dict[str, float]:
+    """Accumulate the gradients of one contrastive batch, of which `batch` is this rank's part.
 
-    contrastive: float = key(1.0, "image-note contrast over the whole batch")
-    contrastive_form: str = key("clip", "clip (own partner is the positive) or supervised (all notes of the class are)")
-    matching: float = key(0.5, "does this note belong to this image: own note against a hard negative")
-    classify_image: float = key(1.0, "class from the image")
-    classify_text: float = key(0.2, "class from the note")
-    classify_fused: float = key(0.2, "class from image and note together")
-    label_smoothing: float = key(0.0, "label smoothing of the classification losses")
+    `engine` is called with a phase of DermFM and its inputs, and has `backward(loss, scale_wrt_gas=False)` that
+    accumulates gradients whose mean over ranks is taken at `engine.step()`, which is the caller's. Returns the losses
+    by objective, means over all ranks' valid items. Collective.
+    """
+    # The only micro-batch keeps its forward pass; of several, each is passed forward once more for its gradients.
+    kept = list(_passes(engine, batch, micro_batch, objectives)) if micro_batch >= len(batch) else []
+    cached = Cached()
+    sums: dict[str, Tensor] = {}
+    if objectives.compares:
+        everyone = _everyone(batch)
+        with torch.set_grad_enabled(bool(kept)):
+            features = _features(kept or _passes(engine, batch, micro_batch, objectives))
+        _contrast(features, everyone, objectives, cached, sums)
+        _mine(features, everyone, objectives, cached)
+    counts = _global_counts(batch, cached, objectives)
+    world = dist.get_world_size()
+    for p in kept or _passes(engine, batch, micro_batch, objectives):
+        loss = _per_sample(p, cached, counts, sums) + _surrogate(p, cached)
+        # DeepSpeed averages gradients over ranks; our sums are already divided by global counts.
+        engine.backward(loss * world, scale_wrt_gas=False)
+    return _totals(sums, objectives)
 
-    def __post_init__(self) -> None:
-        for name in ("contrastive", "matching", "classify_image", "classify_text", "classify_fused"):
-            check_range(f"objectives.{name}", getattr(self, name), 0)
-        check_choice("objectives.contrastive_form", self.contrastive_form, losses.CONTRASTIVE)
-        check_range("objectives.label_smoothing", self.label_smoothing, 0, 0.9)
-        if not (self.uses_text or self.classify_image):
-            raise ValueError("objectives: all weights are 0; give at least one of them a positive weight")
 
-    @property
-    def uses_text(self) -> bool:
-        """Whether any objective reads notes."""
-        return any((self.contrastive, self.matching, self.classify_text, self.classify_fused))
+def split(batch: Batch, size: int) -> Iterator[Batch]:
+    """Consecutive micro-batches of `size` samples, notes cut to the longest in each."""
+    for start in range(0, len(batch), size):
+        rows = slice(start, start + size)
+        part = Batch(**{f.name: getattr(batch, f.name)[rows] for f in dataclasses.fields(batch)})
+        part.tokens = part.tokens[:, : int(part.lengths.max())]
+        yield part
 
-    @property
-    def uses_fusion(self) -> bool:
-        """Whether any objective needs fused tokens."""
-        return any((self.matching, self.classify_fused))
+
+@dataclass
+class Cached:
+    """What the whole batch says to each sample: gradients of the contrastive loss by feature, mined negative notes."""
+
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    tokens: Tensor | None = None  # of each image's negative [b, T]
+    lengths: Tensor | None = None
+    found: Tensor | None = None  # float [b]: 0 where an image has no negative
 
 
 @dataclass(frozen=True)
@@ -69,168 +85,102 @@ class Everyone:
     lengths: Tensor
     start: int  # this rank's first row
 
-
-def optimizer_step(engine: Any, batch: Batch, micro_batch: int, objectives: ObjectiveConfig) -> dict[str, float]:
-    """Accumulate the gradients of one contrastive batch, of which `batch` is this rank's part.
-
-    `engine.step()` is the caller's. Returns the losses by objective, means over all ranks' valid items. Collective.
-    """
-    micros = list(split(batch, micro_batch))
-    everyone = _everyone(batch) if objectives.uses_text else None
-    counts = _global_counts(batch, everyone, objectives)
-    kept = [_towers(engine, m, objectives) for m in micros] if len(micros) == 1 else []
-    features = _features(engine, micros, kept, objectives)
-    sums: dict[str, Tensor] = {}
-    cached = _contrast(features, everyone, counts, objectives, sums)
-    world = dist.get_world_size()
-    for k, micro in enumerate(micros):
-        passed = kept[k] if kept else _towers(engine, micro, objectives)
-        loss = _surrogate(passed, cached, k * micro_batch)
-        loss = loss + _per_sample(engine, micro, passed, cached, everyone, counts, objectives, sums, k * micro_batch)
-        # DeepSpeed averages gradients over ranks; our sums are already divided by global counts.
-        engine.backward(loss * world, scale_wrt_gas=False)
-    return _totals(sums, objectives)
+    def pairs(self, first: int, size: int, mask_same: bool = True) -> losses.Pairs:
+        """The rows [first, first + size) of this rank against all."""
+        columns = self.group, self.text, self.labels, self.valid
+        return losses.describe_pairs(*columns, self.start + first, size, mask_same)
 
 
-def split(batch: Batch, size: int) -> Iterator[Batch]:
-    """Consecutive micro-batches of `size` samples, notes cut to the longest in each."""
-    for start in range(0, len(batch), size):
-        rows = slice(start, start + size)
-        part = Batch(**{f.name: getattr(batch, f.name)[rows] for f in dataclasses.fields(batch)})
-        part.tokens = part.tokens[:, : int(part.lengths.max())]
-        yield part
+def _passes(engine: Any, batch: Batch, size: int, objectives: ObjectiveConfig) -> Iterator[Pass]:
+    for k, micro in enumerate(split(batch, size)):
+        yield Pass(engine, micro, objectives, k * size)
 
 
-def _towers(engine: Any, batch: Batch, objectives: ObjectiveConfig) -> dict[str, dict[str, Tensor]]:
-    out = {"image": engine("image", pixels=batch.pixels)}
-    if objectives.uses_text:
-        out["text"] = engine("text", tokens=batch.tokens, lengths=batch.lengths)
-    return out
-
-
-def _features(
-    engine: Any, micros: list[Batch], kept: list[dict[str, dict[str, Tensor]]], objectives: ObjectiveConfig
-) -> dict[str, Tensor]:
-    """Embeddings of this rank's whole part, detached leaves that collect gradients; {} where nothing contrasts them."""
-    if not (objectives.contrastive or objectives.matching):
-        return {}
-    passes = kept
-    if not kept:
-        with torch.no_grad():
-            passes = [_towers(engine, m, objectives) for m in micros]
-    leaves = {m: torch.cat([p[m]["embedding"].detach() for p in passes]).requires_grad_() for m in ("image", "text")}
-    leaves["logit_scale"] = passes[0]["text"]["logit_scale"].detach().requires_grad_()
-    return leaves
+def _features(passes: Iterable[Pass]) -> dict[str, Tensor]:
+    """Embeddings of this rank's whole part, detached leaves that collect gradients; the learned scale and bias."""
+    found: dict[str, list[Tensor]] = {}
+    for p in passes:
+        outputs = {"image": p.image["embedding"], "text": p.text["embedding"]}
+        outputs |= {name: p.text[name] for name in LEARNED if name in p.text and not p.start}
+        for name, value in outputs.items():
+            found.setdefault(name, []).append(value.detach())
+    return {name: torch.cat(values).requires_grad_() for name, values in found.items()}
 
 
 def _contrast(
     features: dict[str, Tensor],
-    everyone: Everyone | None,
-    counts: dict[str, Tensor],
+    everyone: Everyone,
     objectives: ObjectiveConfig,
+    cached: Cached,
     sums: dict[str, Tensor],
-) -> dict[str, Tensor]:
-    """Gradients of the contrastive loss on this rank's features, and the mined negatives of its images."""
-    if not features:
-        return {}
-    assert everyone is not None
-    image, text, scale = features["image"], features["text"], features["logit_scale"]
-    all_image, all_text = losses.gather(image), losses.gather(text)
-    pairs = losses.describe_pairs(
-        everyone.group, everyone.text, everyone.labels, everyone.valid, everyone.start, len(image)
+) -> None:
+    """Gradients of the contrastive loss on this rank's features."""
+    if not objectives.contrastive:
+        return
+    fixed, learned = objectives.fixed_temperature, features["logit_scale"]
+    scales = {f: torch.full_like(learned, -math.log(fixed[f])) if f in fixed else learned for f in objectives.forms}
+    loss = losses.contrast(
+        {form: scale.to(features["image"].dtype) for form, scale in scales.items()},
+        features["image"],
+        features["text"],
+        lambda first, size: everyone.pairs(first, size, objectives.mask_same),
+        features.get("logit_bias"),
     )
-    cached: dict[str, Tensor] = {}
-    if objectives.contrastive:
-        form = losses.CONTRASTIVE[objectives.contrastive_form]
-        loss = form(image, text, all_image, all_text, scale, pairs) / counts["pairs"]
-        (objectives.contrastive * loss).backward()
-        sums["contrastive"] = loss.detach()
-        cached |= {name: leaf.grad for name, leaf in features.items() if leaf.grad is not None}
-    if objectives.matching:
-        own = slice(everyone.start, everyone.start + len(image))
-        with torch.no_grad():
-            cached["negative"], cached["negative_found"] = losses.mine_negatives(
-                image, all_text, scale, pairs, everyone.indices[own], everyone.indices
-            )
-            found = cached["negative_found"].sum()
-            dist.all_reduce(found)
-            counts["matches"] = (counts["pairs"] + found).clamp(min=1)
-    return cached
+    loss = loss / everyone.valid.sum().clamp(min=1)
+    (objectives.contrastive * loss).backward()
+    sums["contrastive"] = loss.detach()
+    cached.gradients = {name: leaf.grad for name, leaf in features.items() if leaf.grad is not None}
 
 
-def _surrogate(passed: dict[str, dict[str, Tensor]], cached: dict[str, Tensor], start: int) -> Tensor:
+@torch.no_grad()
+def _mine(features: dict[str, Tensor], everyone: Everyone, objectives: ObjectiveConfig, cached: Cached) -> None:
+    """A hard negative note for each image of this rank."""
+    if not objectives.matching:
+        return
+    size = len(features["image"])
+    image, text = (F.normalize(features[name], dim=1) for name in ("image", "text"))
+    own = slice(everyone.start, everyone.start + size)
+    chosen, cached.found = losses.mine_negatives(
+        image, losses.gather(text), features["logit_scale"], everyone.pairs(0, size), everyone.indices[own],
+        everyone.indices,
+    )  # fmt: skip
+    cached.tokens, cached.lengths = everyone.tokens[chosen], everyone.lengths[chosen]
+
+
+def _surrogate(p: Pass, cached: Cached) -> Tensor:
     """A scalar whose gradient is the contrastive loss's: features times their cached gradients."""
-    total = passed["image"]["embedding"].sum() * 0
-    for name in ("image", "text"):
-        if name in cached:
-            embedding = passed[name]["embedding"]
-            total = total + (embedding * cached[name][start : start + len(embedding)]).sum()
-    if "logit_scale" in cached and start == 0:
-        total = total + (passed["text"]["logit_scale"] * cached["logit_scale"]).sum()
+    total = p.batch.weight.new_zeros(())
+    for name, gradient in cached.gradients.items():
+        if name in LEARNED:
+            total = total + ((p.text[name] * gradient).sum() if p.start == 0 else 0)
+        else:
+            embedding = (p.image if name == "image" else p.text)["embedding"]
+            total = total + (embedding * gradient[p.start : p.start + len(embedding)]).sum()
     return total
 
 
-def _per_sample(
-    engine: Any,
-    batch: Batch,
-    passed: dict[str, dict[str, Tensor]],
-    cached: dict[str, Tensor],
-    everyone: Everyone | None,
-    counts: dict[str, Tensor],
-    objectives: ObjectiveConfig,
-    sums: dict[str, Tensor],
-    start: int,
-) -> Tensor:
+def _per_sample(p: Pass, cached: Cached, counts: dict[str, Tensor], sums: dict[str, Tensor]) -> Tensor:
     """The weighted losses that need one sample at a time (plus its mined negative), over the step's global counts."""
-    smoothing = objectives.label_smoothing
-    parts = {}
-    if objectives.classify_image:
-        logits = passed["image"]["logits"]
-        parts["classify_image"] = (
-            losses.classification(logits, batch.labels, batch.weight, smoothing) / counts["labels"]
-        )
-    if not objectives.uses_text:
-        return _weigh(parts, objectives, sums)
-    with_note = batch.weight * (batch.text != NO_NOTE)
-    if objectives.classify_text:
-        logits = passed["text"]["logits"]
-        parts["classify_text"] = (
-            losses.classification(logits, batch.labels, with_note, smoothing) / counts["labelled_notes"]
-        )
-    if objectives.uses_fusion:
-        image = passed["image"]["tokens"]
-        own = engine("fuse", image_tokens=image, text_tokens=passed["text"]["tokens"], lengths=batch.lengths)
-        if objectives.classify_fused:
-            fused = losses.classification(own["logits"], batch.labels, with_note, smoothing)
-            parts["classify_fused"] = fused / counts["labelled_notes"]
-        if objectives.matching:
-            assert everyone is not None
-            rows = slice(start, start + len(batch))
-            chosen, found = cached["negative"][rows], cached["negative_found"][rows]
-            lengths = everyone.lengths[chosen]
-            tokens = everyone.tokens[chosen][:, : int(lengths.max())]
-            other = engine("text", tokens=tokens, lengths=lengths)["tokens"]
-            wrong = engine("fuse", image_tokens=image, text_tokens=other, lengths=lengths)
-            parts["matching"] = losses.matching(own["match"], wrong["match"], with_note, found) / counts["matches"]
-    return _weigh(parts, objectives, sums)
-
-
-def _weigh(parts: dict[str, Tensor], objectives: ObjectiveConfig, sums: dict[str, Tensor]) -> Tensor:
-    for name, value in parts.items():
-        sums[name] = sums.get(name, torch.zeros((), device=value.device)) + value.detach()
-    return (
-        torch.stack([getattr(objectives, name) * value for name, value in parts.items()]).sum()
-        if parts
-        else torch.zeros(())
-    )
+    if cached.tokens is not None and cached.lengths is not None and cached.found is not None:
+        rows = slice(p.start, p.start + len(p.batch))
+        lengths = cached.lengths[rows]
+        p.negatives = cached.tokens[rows, : int(lengths.max())], lengths, cached.found[rows]
+    total = p.batch.weight.new_zeros(())
+    for name in p.objectives.active:
+        if (of := OBJECTIVES[name].loss) is not None:
+            loss = of(p) / counts[name]
+            sums[name] = sums.get(name, 0) + loss.detach()
+            total = total + getattr(p.objectives, name) * loss
+    return total
 
 
 def _everyone(batch: Batch) -> Everyone:
     widest = torch.tensor(batch.tokens.shape[1], device=batch.tokens.device)
     dist.all_reduce(widest, dist.ReduceOp.MAX)
     tokens = F.pad(batch.tokens, (0, int(widest) - batch.tokens.shape[1]))
-    valid = (batch.weight > 0) & (batch.text != NO_NOTE)
-    columns = torch.stack([batch.group, batch.text, batch.labels, batch.indices, valid.long(), batch.lengths], 1)
+    columns = torch.stack(
+        [batch.group, batch.text, batch.labels, batch.indices, (noted(batch) > 0).long(), batch.lengths], 1
+    )
     rows = _all_rows(torch.cat([columns, tokens], 1))
     group, text, labels, indices, valid, lengths = rows[:, :6].unbind(1)
     return Everyone(group, text, labels, indices, valid.float(), rows[:, 6:], lengths, dist.get_rank() * len(batch))
@@ -242,20 +192,18 @@ def _all_rows(rows: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def _global_counts(batch: Batch, everyone: Everyone | None, objectives: ObjectiveConfig) -> dict[str, Tensor]:
-    """How many items each loss has over all ranks, at least 1."""
-    labelled = batch.weight * (batch.labels >= 0)
-    counts = torch.stack([labelled.sum(), (labelled * (batch.text != NO_NOTE)).sum()])
+def _global_counts(batch: Batch, cached: Cached, objectives: ObjectiveConfig) -> dict[str, Tensor]:
+    """How many items each active objective has over all ranks, at least 1."""
+    found = torch.zeros_like(batch.weight) if cached.found is None else cached.found
+    names = objectives.active
+    counts = torch.stack([OBJECTIVES[name].count(batch, found).double() for name in names])
     dist.all_reduce(counts)
-    found = {"labels": counts[0].clamp(min=1), "labelled_notes": counts[1].clamp(min=1)}
-    if everyone is not None:
-        found["pairs"] = everyone.valid.sum().clamp(min=1)
-    return found
+    return dict(zip(names, counts.clamp(min=1).to(batch.weight.dtype), strict=True))
 
 
 def _totals(sums: dict[str, Tensor], objectives: ObjectiveConfig) -> dict[str, float]:
     names = sorted(sums)
-    values = torch.stack([sums[n].float() for n in names])
+    values = torch.stack([sums[n].double() for n in names])
     dist.all_reduce(values)
     losses_by_name = dict(zip(names, values.tolist(), strict=True))
     total = sum(getattr(objectives, n) * v for n, v in losses_by_name.items())

@@ -18,7 +18,7 @@ from cluster.preemption import StopFlag
 from cluster.process import Process
 from dermfm import checkpoint, metrics, run, zero
 from dermfm.config import InputError, to_dict
-from dermfm.model.dermfm import DermFM
+from dermfm.model.dermfm import DermFM, ModelConfig
 from dermfm.optimizer import OptimizerConfig, parameter_groups, rate_factor
 from dermfm.plan import Plan, TrainConfig, check_notes, plan
 from dermfm.samples import Batch, Collate, SampleFn, balanced_weights
@@ -30,7 +30,14 @@ from shards.order import SampleOrder
 from shards.reader import ShardReader
 
 DONE, RESUMABLE = 0, 75
-NO_SHAPE = ("model.text.cache_mb", "model.fusion.kernel")  # how the model computes, not what it is
+NO_SHAPE = (
+    "model.text.cache_mb",
+    "model.fusion.kernel",
+    "model.decoder.kernel",
+    "model.image.kernel",
+    "model.text.kernel",
+    "model.text.packed",
+)  # how the model computes, not what it is
 _log = logging.getLogger(__name__)
 
 
@@ -121,7 +128,8 @@ def _engine(config: TrainConfig, arithmetic: Plan, source: checkpoint.Source | N
         device=process.device,
         load_universal=source is not None and source.is_universal,
     )
-    model = DermFM(config.model).train()
+    with zero.towers_in_shards(settings, process.device):
+        model = DermFM(config.model).train()
     return zero.initialize(model, parameter_groups(model, config.optimizer), settings, process.device)
 
 
@@ -149,7 +157,11 @@ def resume_source(config: TrainConfig, process: Process) -> checkpoint.Source | 
         return None
     manifest = Manifest.load(config.shards)
     identity = _identity(config, manifest, _data(config, manifest)[0])
-    run.check_identity(checkpoint.read_state(found).identity, identity, list(config.allow_change), Path(config.run))
+    # A key of the model that the run's version did not have yet was what its default is now.
+    known = {n: v for n, v in _flat(to_dict(ModelConfig()), "model").items() if n not in NO_SHAPE}
+    run.check_identity(
+        known | checkpoint.read_state(found).identity, identity, list(config.allow_change), Path(config.run)
+    )
     return checkpoint.source_for(found, process.world, config.zero.stage, process.is_first)
 
 

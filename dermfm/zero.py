@@ -7,14 +7,17 @@ import io
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from dermfm.config import InputError, check_choice, check_range, key
+from dermfm.model.weights import Sharding, sharded
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 UNIVERSAL_VERSION = 0.2  # of DeepSpeed's universal checkpoint; its converter asks for the entry at stages 1 and 2
@@ -95,11 +98,47 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
+@contextlib.contextmanager
+def towers_in_shards(settings: dict[str, Any], device: str) -> Iterator[None]:
+    """Inside, at stage 3, towers with pretrained weights are built and filled without any rank holding a whole one.
+
+    Each layer is sharded as soon as it is built. Then one tensor at a time is gathered, written by rank 0 from the
+    mapped file, sent to all and sharded again. Below stage 3 nothing changes. Collective.
+    """
+    if settings["zero_optimization"]["stage"] < 3:
+        yield
+        return
+    deepspeed = _deepspeed(device)
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    # Its own view of the group that exists already: else it takes the world for one process.
+    deepspeed.comm.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False)
+
+    @contextlib.contextmanager
+    def pretrained() -> Iterator[None]:
+        """Hugging Face's `from_pretrained` does the same by itself where this object is alive."""
+        alive = HfDeepSpeedConfig(settings)
+        try:
+            yield
+        finally:
+            unset_hf_deepspeed_config()
+            del alive
+
+    sharding = Sharding(
+        structure=lambda: deepspeed.zero.Init(config_dict_or_path=settings),
+        whole=lambda tensors: deepspeed.zero.GatheredParameters(tensors, modifier_rank=0),
+        pretrained=pretrained,
+        is_first=dist.get_rank() == 0,
+    )
+    with sharded(sharding):
+        yield
+
+
 def initialize(model: nn.Module, groups: list[dict[str, Any]], settings: dict[str, Any], device: str) -> Any:
     """A DeepSpeed engine over `model` in the existing process group. `groups` are torch parameter groups.
 
-    `model` is whole and equal on every rank, in CPU memory; below stage 3 it moves to the device, at stage 3 only this
-    rank's share of it does. (Sharding while it is built would hide the weights from pretrained files, timm and us.)
+    `model` is equal on every rank, in CPU memory; below stage 3 it moves to the device, at stage 3 only this rank's
+    share of it does. Whole, but for towers that were built in `towers_in_shards`.
     """
     deepspeed = _deepspeed(device)
     if settings["zero_optimization"]["stage"] < 3:

