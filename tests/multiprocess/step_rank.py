@@ -1,8 +1,8 @@
 """A rank of the step tests: trains the same contrastive batches under several (ZeRO stage, micro-batch) settings.
 
-Arguments: one JSON object {model, cases: [{stage, micro, objectives}], references: [{objectives}], num_steps, out}. The
-first rank writes to `out` a JSON list with the losses and the gradient norm of every step of every case; on one rank,
-also those of the references.
+Arguments: one JSON object {model, cases: [{stage, micro, objectives, num_steps}], references: [{objectives,
+num_steps}], out}. The first rank writes to `out` a JSON list with the losses and the gradient norm of every step of
+every case; on one rank, also those of the references.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ def run_case(job: dict[str, Any], case: dict[str, Any], rank: int, world: int) -
     own = GLOBAL_BATCH // world
     micro = min(case["micro"], own)
     torch.manual_seed(0)
+    model = DermFM(config).train()
     settings = zero.deepspeed_json(
         zero.ZeroConfig(stage=case["stage"], gradient_clipping=CLIPPING),
         micro_batch=micro,
@@ -74,11 +75,12 @@ def run_case(job: dict[str, Any], case: dict[str, Any], rank: int, world: int) -
         world=world,
         optimizer={"lr": OPTIMIZER.lr, "betas": OPTIMIZER.betas, "eps": OPTIMIZER.eps},
         device="cpu",
+        num_learning=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        num_parameters=sum(p.numel() for p in model.parameters()),
     )
-    model = DermFM(config).train()
     engine = zero.initialize(model, parameter_groups(model, OPTIMIZER), settings, "cpu")
     rows = []
-    for step in range(job["num_steps"]):
+    for step in range(case["num_steps"]):
         batch = own_part(full_batch(engine.module.tokenizer, step), rank, world)
         values = optimizer_step(engine, batch, micro, objectives)
         engine.step()
@@ -97,7 +99,7 @@ def run_reference(job: dict[str, Any], case: dict[str, Any]) -> list[dict[str, f
     groups = parameter_groups(model, OPTIMIZER)
     optimizer = torch.optim.AdamW(groups, betas=tuple(OPTIMIZER.betas), eps=OPTIMIZER.eps)
     rows = []
-    for step in range(job["num_steps"]):
+    for step in range(case["num_steps"]):
         parts = reference_losses(model, full_batch(model.tokenizer, step), objectives)
         total = sum(getattr(objectives, name) * value for name, value in parts.items())
         optimizer.zero_grad()
