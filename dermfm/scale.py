@@ -35,7 +35,7 @@ class ScaleConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range("nodes", self.nodes, 1, 1_000_000)
+        check_range("nodes", self.nodes, 1, 100_000)
         check_range("gpus", self.gpus, 1, 1024)
         for name in ("gpu_memory_gb", "disk_gb_s"):
             check_range(name, getattr(self, name), 1e-3)
