@@ -43,8 +43,11 @@ class Unwatched:
     def border(self, step: int) -> None:
         """Step `step` is done on this rank."""
 
-    def failed(self, error: BaseException, code: int) -> int | None:
-        """This rank's main thread ends with an error. The code of an earlier failure of another rank, or None."""
+    def failed(self, error: BaseException, code: int, agreed: bool = False) -> int | None:
+        """This rank's main thread ends with an error. The code of an earlier failure of another rank, or None.
+
+        `agreed`: all ranks end with this error, and its text names the rank that it is of.
+        """
         return None
 
     def close(self) -> None:
@@ -92,14 +95,15 @@ class Watch(Unwatched):
         """See Unwatched."""
         self._beat.step, self._border, self._dumped = step, time.monotonic(), False
 
-    def failed(self, error: BaseException, code: int) -> int | None:
+    def failed(self, error: BaseException, code: int, agreed: bool = False) -> int | None:
         """See Unwatched. Posts the reason; the first rank then waits until the others have heard."""
         self._leaving.set()
         where = (
             f"in step {self._beat.step + 1} ({self._beat.phase})" if self._beat.phase != PHASES[0] else "at its start"
         )
         text = " ".join(str(error).split())
-        reason = text if code == 2 else f"failed {where}: {type(error).__name__}: {text}"
+        reason = f": {text}" if code == 2 else f" failed {where}: {type(error).__name__}: {text}"
+        reason = text if agreed else f"rank {self._process.rank}{reason}"
         try:
             found = self._post(reason, code)
             self._await_hearers()
@@ -165,11 +169,7 @@ class Watch(Unwatched):
         """Once a process: why it ends. On the terminal by the first rank only."""
         if not self._told.acquire(blocking=False):
             return
-        line = (
-            f"rank {found['rank']}: {found['reason']}"
-            if found["code"] == 2
-            else f"rank {found['rank']} {found['reason']}"
-        )
+        line = found["reason"]
         _log.error("%s; this rank ends with it", line, extra=QUIET)
         if self._process.is_first:
             print(f"dermfm train: {line}", file=sys.stderr, flush=True)
@@ -185,7 +185,11 @@ class Watch(Unwatched):
                 if self._leaving.wait(GRACE_S):
                     return None
                 return self._end(
-                    {"rank": 0, "reason": f"is gone, its store does not answer ({_first_line(error)})", "code": FAILED}
+                    {
+                        "rank": 0,
+                        "reason": f"rank 0 is gone, its store does not answer ({_first_line(error)})",
+                        "code": FAILED,
+                    }
                 )
             self._look_for_stall()
         return None
@@ -218,9 +222,7 @@ class Watch(Unwatched):
             self._dump(age)
         if self._end_s and age > self._end_s and self._process.is_first:
             rank, beat = self._slowest()
-            text = (
-                f"is the slowest of a job without a step border for {age:.0f} s: in step {beat.step + 1} ({beat.phase})"
-            )
+            text = f"rank {rank} is the slowest of a job without a step border for {age:.0f} s: in step {beat.step + 1} ({beat.phase})"
             self._post(text, FAILED, rank)
 
     def _dump(self, age: float) -> None:

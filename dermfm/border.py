@@ -79,7 +79,9 @@ def _raise_together(error: Exception | None) -> None:
     dist.all_gather_object(told, own)
     rank, (bad_input, named, text) = next((r, t) for r, t in enumerate(told) if t is not None)
     if bad_input:
-        raise InputError(f"rank {rank}: {text}") from error
+        told_all = InputError(f"rank {rank}: {text}")
+        told_all.agreed = True  # type: ignore[attr-defined]
+        raise told_all from error
     raise RunError(f"rank {rank}: reading its batch failed: {named}") from error
 
 

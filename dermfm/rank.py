@@ -53,13 +53,15 @@ def _train(config: TrainConfig, process: Process, stop: StopFlag, watch: Watch, 
 def _fail(error: BaseException, process: Process, watch: Watch) -> int:
     """Tell the other ranks, and the user once. The exit code, or the error itself where it is this rank's to raise."""
     bad_input = is_bad_input(error)
-    agreed = bad_input or isinstance(error, RunError)
-    _log.error("failed: %s", error, exc_info=None if agreed else error, extra={"quiet": True})
-    theirs = watch.failed(error, BAD_INPUT if bad_input else FAILED)
+    told = None if bad_input or isinstance(error, RunError) else error
+    _log.error("failed: %s", error, exc_info=told, extra={"quiet": True})
+    by_all = isinstance(error, RunError) or getattr(error, "agreed", False)
+    theirs = watch.failed(error, BAD_INPUT if bad_input else FAILED, by_all)
     if theirs is not None:
         return theirs
     if isinstance(error, RunError):
-        print(f"dermfm train: {error}", file=sys.stderr)
+        if process.is_first:
+            print(f"dermfm train: {error}", file=sys.stderr)
         return FAILED
     raise error
 
