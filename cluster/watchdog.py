@@ -210,7 +210,7 @@ class Watch(Unwatched):
                     peer.count, peer.heard = count, now
             if now - peer.heard > LOST_S and peer.count >= 0:
                 self._post(
-                    f"is gone: no sign of life for {LOST_S:.0f} s, last in step {peer.step + 1} ({peer.phase})",
+                    f"rank {rank} is gone: no sign of life for {LOST_S:.0f} s, last in step {peer.step + 1} ({peer.phase})",
                     FAILED,
                     rank,
                 )
@@ -222,7 +222,8 @@ class Watch(Unwatched):
             self._dump(age)
         if self._end_s and age > self._end_s and self._process.is_first:
             rank, beat = self._slowest()
-            text = f"rank {rank} is the slowest of a job without a step border for {age:.0f} s: in step {beat.step + 1} ({beat.phase})"
+            place = f"in step {beat.step + 1} ({beat.phase})"
+            text = f"rank {rank} is the slowest of a job without a step border for {age:.0f} s: {place}"
             self._post(text, FAILED, rank)
 
     def _dump(self, age: float) -> None:
