@@ -209,11 +209,8 @@ class Watch(Unwatched):
                 if count != peer.count:
                     peer.count, peer.heard = count, now
             if now - peer.heard > LOST_S and peer.count >= 0:
-                self._post(
-                    f"rank {rank} is gone: no sign of life for {LOST_S:.0f} s, last in step {peer.step + 1} ({peer.phase})",
-                    FAILED,
-                    rank,
-                )
+                last = f"last in step {peer.step + 1} ({peer.phase})"
+                self._post(f"rank {rank} is gone: no sign of life for {LOST_S:.0f} s, {last}", FAILED, rank)
 
     def _look_for_stall(self) -> None:
         age = time.monotonic() - self._border
