@@ -137,8 +137,9 @@ def our_step(sizes: Sizes, matching: bool = False) -> Callable[[], None]:
     import torch
     import torch.distributed as dist
 
+    from dermfm.objectives import ObjectiveConfig
     from dermfm.samples import Batch
-    from dermfm.step import ObjectiveConfig, optimizer_step
+    from dermfm.step import optimizer_step
 
     with tempfile.NamedTemporaryFile() as file:
         dist.init_process_group("gloo", init_method=f"file://{file.name}.store", rank=0, world_size=1)

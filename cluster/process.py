@@ -5,9 +5,12 @@ from __future__ import annotations
 import datetime
 import os
 import subprocess
+from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 GROUP_TIMEOUT_S = 1800
+MEET_TIMEOUT_S = 300
 
 
 class ProcessError(ValueError):
@@ -81,13 +84,38 @@ def from_environment(device: str = "auto") -> Process:
     return Process(rank, world, local_rank, local_world, _device(device, local_rank))
 
 
+def meet(process: Process, name: str) -> Any:
+    """A connection to the job's key-value store at MASTER_ADDR:MASTER_PORT, for the uses called `name`.
+
+    The first rank holds the store (under torchrun its agent does) and does not wait for the others; each call makes a
+    connection of its own, so threads do not wait for each other. Raises ProcessError where no store answers in time.
+    """
+    import torch.distributed as dist
+
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "0")
+    host, port = os.environ["MASTER_ADDR"], _held[0].port if _held else _number("MASTER_PORT")
+    holds = process.is_first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and not _held
+    timeout = datetime.timedelta(seconds=MEET_TIMEOUT_S)
+    try:
+        store = dist.TCPStore(host, port, process.world, holds, timeout=timeout, wait_for_workers=False)
+    except RuntimeError as error:
+        raise ProcessError(f"environment: no store at {host}:{port} ({str(error).splitlines()[0][:160]})") from error
+    if holds:
+        _held.append(store)
+    _met[name] += 1  # a process may form one group after another; every rank does so in the same order
+    return dist.PrefixStore(f"{name}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{_met[name]}", store)
+
+
+_held: list[Any] = []  # the store that this process holds, for as long as it lives
+_met: Counter[str] = Counter()
+
+
 def start_group(process: Process) -> None:
     """Join the default process group: NCCL on CUDA, gloo on CPU. Everyone joins, a lone process too."""
     import torch
     import torch.distributed as dist
 
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "0")
     # DeepSpeed reads these names, whatever launcher set ours.
     for name, value in (
         ("RANK", process.rank),
@@ -100,6 +128,7 @@ def start_group(process: Process) -> None:
         torch.cuda.set_device(process.device)
     dist.init_process_group(
         "nccl" if process.device.startswith("cuda") else "gloo",
+        store=meet(process, "group"),
         rank=process.rank,
         world_size=process.world,
         timeout=datetime.timedelta(seconds=GROUP_TIMEOUT_S),

@@ -1,7 +1,8 @@
 """Sharded checkpoints: written under a temporary name by all ranks, verified, committed by one rename, pruned.
 
 `ckpt/step-NNNNNNNN/` holds each rank's files, `state.json` (step, samples seen, identity, every file with size and
-sha256) and the empty file `COMPLETE`; `ckpt/latest` names the newest one and is replaced atomically.
+sha256) and the empty file `COMPLETE`; `ckpt/latest` names the newest one and `ckpt/best` the best by the validation
+metric, both replaced atomically. A checkpoint with a file `KEEP` (it holds the reason) is never pruned.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import json
 import logging
 import os
 import shutil
-import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,17 +21,22 @@ import torch.distributed as dist
 from dermfm import zero
 from dermfm.config import InputError, from_dict, nearest, read_yaml
 from dermfm.model.dermfm import DermFM, ModelConfig
+from dermfm.writer import in_threads
 from shards.manifest import file_sha256, write_text
 
-LATEST, COMPLETE, STATE = "latest", "COMPLETE", "state.json"
+LATEST, BEST, COMPLETE, STATE, KEEP = "latest", "best", "COMPLETE", "state.json", "KEEP"
 UNIVERSAL, ASIDE = ".universal", ".aside"
-CONVERSION_TIMEOUT_S = 3600.0
 _log = logging.getLogger(__name__)
 
 
 @dataclass
 class State:
-    """What a run needs, besides weights and optimizer, to go on where it was."""
+    """What a run needs, besides weights and optimizer, to go on where it was.
+
+    `samples_seen` is the position in the stream. `origin` is the `resume=` by which the run came about, "" for none.
+    `best` is the best value of the validation metric so far, `best_step` its step. `meter`: seconds trained, steps
+    skipped, the last losses. `schedule`, `code`, `config` say what the run was made with.
+    """
 
     step: int
     samples_seen: int
@@ -40,6 +45,13 @@ class State:
     stage: int
     threads: int
     best: float | None = None
+    best_step: int | None = None
+    origin: str = ""
+    fingerprint: str = ""
+    code: str = ""
+    config: str = ""
+    schedule: dict[str, Any] = field(default_factory=dict)
+    meter: dict[str, Any] = field(default_factory=dict)
     files: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -48,27 +60,46 @@ def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def save(engine: Any, folder: Path, state: State) -> Path:
-    """Write, verify and commit a checkpoint. Collective over all ranks; returns its folder."""
-    name = step_name(state.step)
-    partial, final = folder / f"{name}.tmp", folder / name
-    rank, world = dist.get_rank(), dist.get_world_size()
-    if rank == 0 and partial.exists():
+def begin(engine: Any, folder: Path, state: State) -> Path:
+    """Hand every rank's part to its writer, under a temporary name; returns the folder to be. Collective."""
+    partial = folder / f"{step_name(state.step)}.tmp"
+    if dist.get_rank() == 0 and partial.exists():
         shutil.rmtree(partial)
     dist.barrier()
     zero.save(engine, folder, partial.name, {"samples_seen": state.samples_seen})
-    dist.barrier()
-    paths = sorted(p for p in partial.rglob("*") if p.is_file())
-    parts: list[list[dict[str, Any]]] = [[] for _ in range(world)]
-    dist.all_gather_object(parts, [describe_file(p, partial) for p in paths[rank::world]])
-    if rank == 0:
-        _commit(
-            partial,
-            final,
-            State(**{**asdict(state), "files": sorted(itertools.chain(*parts), key=lambda f: f["name"])}),
-        )
-    dist.barrier()
-    return final
+    return partial
+
+
+def commit(engine: Any, partial: Path, state: State) -> Path:
+    """Wait for the writers, verify, rename into place and replace `latest`. Collective; returns the checkpoint.
+
+    OSError on every rank where any could not write its part; nothing is committed then.
+    """
+    own: tuple[list[dict[str, Any]], str | None]
+    try:
+        own = zero.written(engine, partial), None
+    except OSError as error:
+        own = [], f"rank {dist.get_rank()}: {error.strerror or error}"
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, own)
+    errors = [error for _, error in parts if error]
+    if dist.get_rank() == 0 and not errors:
+        try:
+            _commit(partial, state, list(itertools.chain(*(files for files, _ in parts))))
+        except OSError as error:
+            errors = [f"rank 0: {error.strerror or error}"]
+    told = [errors]
+    dist.broadcast_object_list(told, src=0)
+    if told[0]:
+        if dist.get_rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(f"{partial.name} could not be written: {told[0][0]}")
+    return partial.with_name(step_name(state.step))
+
+
+def save(engine: Any, folder: Path, state: State) -> Path:
+    """Write, verify and commit a checkpoint before going on. Collective; returns its folder."""
+    return commit(engine, begin(engine, folder, state), state)
 
 
 def describe_file(path: Path, root: Path) -> dict[str, Any]:
@@ -78,27 +109,79 @@ def describe_file(path: Path, root: Path) -> dict[str, Any]:
     return {"name": str(path.relative_to(root)), "size": path.stat().st_size, "sha256": file_sha256(path)}
 
 
-def _commit(partial: Path, final: Path, state: State) -> None:
-    ranks = sum("optim_states" in f["name"] or "model_states" in f["name"] for f in state.files)
+def _commit(partial: Path, state: State, files: list[dict[str, Any]]) -> None:
+    """By the first rank: see that every file is there as its writer says, describe the others, commit by one rename."""
+    known = {f["name"]: f["size"] for f in files}
+    paths = {str(p.relative_to(partial)): p for p in sorted(partial.rglob("*")) if p.is_file()}
+    for name, size in known.items():
+        if name not in paths or paths[name].stat().st_size != size:
+            raise OSError(f"{partial / name} is not what was written ({size} bytes)")
+    files = files + [describe_file(path, partial) for name, path in paths.items() if name not in known]
+    ranks = sum("optim_states" in f["name"] or "model_states" in f["name"] for f in files)
     assert ranks >= state.world, f"{ranks} state files of {state.world} ranks"
-    write_text(partial / STATE, json.dumps(asdict(state), indent=1))
+    final = partial.with_name(step_name(state.step))
+    described = {**asdict(state), "files": sorted(files, key=lambda f: f["name"])}
+    write_text(partial / STATE, json.dumps(described, indent=1))
     write_text(partial / COMPLETE, "")
     for older in (final, final.with_name(final.name + UNIVERSAL)):
         if older.exists():
             shutil.rmtree(older)
     partial.replace(final)
+    _sync_folder(final.parent)
     write_text(final.parent / LATEST, final.name + "\n")
+    if state.best_step == state.step:
+        write_text(final.parent / BEST, final.name + "\n")
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename durable."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def keep(checkpoint: Path, reason: str) -> None:
+    """Except a checkpoint from pruning, for good."""
+    write_text(checkpoint / KEEP, reason + "\n")
+
+
+def best(folder: Path) -> Path | None:
+    """The checkpoint that `ckpt/best` names, if it is there."""
+    try:
+        found = folder / (folder / BEST).read_text().strip()
+    except OSError:
+        return None
+    return found if (found / COMPLETE).is_file() else None
+
+
+def point_best(folder: Path, step: int | None) -> None:
+    """Let `ckpt/best` name the checkpoint of a step, where it is there, else nothing."""
+    if step is not None and (folder / step_name(step) / COMPLETE).is_file():
+        write_text(folder / BEST, step_name(step) + "\n")
+    else:
+        (folder / BEST).unlink(missing_ok=True)
+
+
+def num_bytes(checkpoint: Path) -> int:
+    """Size of a committed checkpoint."""
+    return sum(f["size"] for f in read_state(checkpoint).files)
 
 
 def prune(folder: Path, keep_last: int, keep_every: int) -> None:
-    """Delete all but the last `keep_last` checkpoints and those whose step is a multiple of `keep_every` (0: none).
+    """Delete all but the last `keep_last` checkpoints, those whose step is a multiple of `keep_every` (0: none), the
+    best one and those marked `KEEP`.
 
     What else lies beside checkpoints (half-written, converted, set aside) goes once its step is passed.
     """
     steps = complete_steps(folder)
     for step in steps[: max(len(steps) - keep_last, 0)]:
-        if not keep_every or step % keep_every:
-            shutil.rmtree(folder / step_name(step))
+        home = folder / step_name(step)
+        if (keep_every and step % keep_every == 0) or home == best(folder) or (home / KEEP).is_file():
+            continue
+        (home / COMPLETE).unlink()  # half deleted, it must not count
+        shutil.rmtree(home)
     for leftover in folder.glob("step-????????.*"):
         if int(leftover.name[5:13]) < (steps[-1] if steps else 0):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -133,14 +216,17 @@ def read_state(checkpoint: Path) -> State:
 
 def damage(checkpoint: Path, hashes: bool = True) -> str | None:
     """What is wrong with the files of a committed checkpoint, or None."""
-    for entry in read_state(checkpoint).files:
+    files = read_state(checkpoint).files
+    for entry in files:
         path = checkpoint / entry["name"]
         if not path.is_file():
             return f"{path} is missing"
         if path.stat().st_size != entry["size"]:
             return f"{path} has {path.stat().st_size} bytes, {entry['size']} were written"
-        if hashes and describe_file(path, checkpoint)["sha256"] != entry["sha256"]:
-            return f"{path} has changed since it was written (sha256 differs)"
+    found = in_threads(file_sha256, [checkpoint / entry["name"] for entry in files]) if hashes else []
+    for entry, digest in zip(files, found, strict=False):
+        if digest != entry["sha256"]:
+            return f"{checkpoint / entry['name']} has changed since it was written (sha256 differs)"
     return None
 
 
@@ -174,22 +260,15 @@ def find(path: str | Path) -> Path:
     return found
 
 
-def universal_form(checkpoint: Path, first: bool) -> Path:
-    """The folder of the checkpoint's universal form, converted once by the first rank; the others wait for the file.
+def universal_form(checkpoint: Path) -> Path:
+    """The folder of the checkpoint's universal form, converted where it is not there yet.
 
-    Runs before the process group exists, so no collective can time out meanwhile.
+    By one process, before the process group exists, so that no collective can time out meanwhile.
     """
     target = checkpoint.with_name(checkpoint.name + UNIVERSAL)
-    if first and not target.is_dir():
+    if not target.is_dir():
         shutil.rmtree(target.with_name(target.name + ".tmp"), ignore_errors=True)
         zero.convert_universal(checkpoint, target)
-    deadline = time.monotonic() + CONVERSION_TIMEOUT_S
-    while not target.is_dir():
-        if time.monotonic() > deadline:
-            raise RuntimeError(
-                f"{target}: the first rank has not converted the checkpoint in {CONVERSION_TIMEOUT_S:.0f} s"
-            )
-        time.sleep(0.5)
     return target
 
 
@@ -207,10 +286,10 @@ class Source:
         return self.folder.name.endswith(UNIVERSAL)
 
 
-def source_for(checkpoint: Path, world: int, stage: int, first: bool) -> Source:
+def source_for(checkpoint: Path, world: int, stage: int) -> Source:
     """The checkpoint as `world` ranks can read it: natively at the same world, else converted once.
 
-    Call on every rank before the process group exists. InputError where the ZeRO stage differs.
+    By one process, before the process group exists. InputError where the ZeRO stage differs.
     """
     state = read_state(checkpoint)
     if state.stage != stage:
@@ -220,7 +299,7 @@ def source_for(checkpoint: Path, world: int, stage: int, first: bool) -> Source:
         )
     # Stage 0 keeps everything whole on every rank: any world reads it.
     native = state.world == world or stage == 0
-    return Source(checkpoint, state, checkpoint if native else universal_form(checkpoint, first))
+    return Source(checkpoint, state, checkpoint if native else universal_form(checkpoint))
 
 
 def load_model(path: str | Path, device: str = "cpu") -> DermFM:

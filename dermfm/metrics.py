@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import math
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import psutil
+import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
 from dermfm.progress import duration
@@ -43,11 +42,33 @@ class MetricsLog:
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
 
+    def picture(self, step: int, name: str, pixels: np.ndarray, text: str) -> None:
+        """An image, uint8 [H, W, 3], and the text that belongs to it; TensorBoard only."""
+        if self._file is not None:
+            self._board.add_image(name, pixels, step, dataformats="HWC")
+            self._board.add_text(name, text, step)
+
+    def summary(self, config: Mapping[str, Any], values: Mapping[str, float]) -> None:
+        """Hyperparameters (nested) beside the run's last metrics, for TensorBoard's comparison of runs."""
+        if self._file is None:
+            return
+        told = {k: v if isinstance(v, bool | int | float | str) else json.dumps(v) for k, v in flat(config).items()}
+        final = {f"final/{k}": v for k, v in values.items() if math.isfinite(v)}
+        self._board.add_hparams(told, final, run_name=".")
+
     def close(self) -> None:
         """Flush and close both outputs."""
         if self._file is not None:
             self._file.close()
             self._board.close()
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one with dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return found
 
 
 def _finite(value: float) -> float | None:
@@ -76,39 +97,14 @@ def keep_rows(path: Path, last_step: int) -> None:
     partial.replace(path)
 
 
-class Speed:
-    """Time and samples between two log lines: speed, share of time waiting for data, memory, time left."""
-
-    def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        """Start a new interval."""
-        self._began, self._waited, self._samples, self._steps = time.monotonic(), 0.0, 0, 0
-
-    def add(self, num_samples: int, waited_s: float) -> None:
-        """Count one step."""
-        self._samples += num_samples
-        self._waited += waited_s
-        self._steps += 1
-
-    def values(self) -> dict[str, float]:
-        """samples_per_s of the whole job, step_s, data_wait (share of time), memory_gb of this process."""
-        spent = max(time.monotonic() - self._began, 1e-9)
-        return {
-            "samples_per_s": self._samples / spent,
-            "step_s": spent / max(self._steps, 1),
-            "data_wait": self._waited / spent,
-            "memory_gb": psutil.Process().memory_info().rss / 1e9,
-        }
-
-
 def line(step: int, total_steps: int, values: Mapping[str, float]) -> str:
     """The terminal line of a log step."""
     left = duration((total_steps - step) * values["step_s"])
     parts = " ".join(f"{k.removeprefix('loss/')} {v:.3f}" for k, v in values.items() if k.startswith("loss/"))
+    mfu = f"MFU {values['mfu']:.1%} " if "mfu" in values else ""
+    device = f"+{values['device_memory_gb']:.1f}" if "device_memory_gb" in values else ""
     return (
         f"step {step}/{total_steps} loss {values['loss']:.4f} ({parts}) lr {values['lr']:.2e} "
-        f"norm {values['grad_norm']:.2f} {values['samples_per_s']:.1f} samples/s wait {values['data_wait']:.1%} "
-        f"{values['memory_gb']:.1f} GB ETA {left}"
+        f"norm {values['grad_norm']:.2f} {values['samples_per_s']:.1f} samples/s {mfu}wait {values['data_wait']:.1%} "
+        f"{values['memory_gb']:.1f}{device} GB ETA {left}"
     )

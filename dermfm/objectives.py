@@ -73,15 +73,19 @@ class ObjectiveConfig:
         """The contrastive forms whose sum is taken."""
         return [form.strip() for form in self.contrastive_form.split("+")]
 
+    def uses(self, need: str) -> bool:
+        """Whether any objective needs this: a part of the model, "notes", or "batch"."""
+        return any(need in OBJECTIVES[name].needs for name in self.active)
+
     @property
     def uses_text(self) -> bool:
         """Whether any objective reads notes."""
-        return any("notes" in OBJECTIVES[name].needs for name in self.active)
+        return self.uses("notes")
 
     @property
     def compares(self) -> bool:
         """Whether any objective sets samples of the whole batch against each other."""
-        return any("batch" in OBJECTIVES[name].needs for name in self.active)
+        return self.uses("batch")
 
 
 @dataclass

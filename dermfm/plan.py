@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from dermfm import initial
+from dermfm.compute import check_parts
 from dermfm.config import REQUIRED, InputError, check_choice, check_range, key
 from dermfm.model.dermfm import ModelConfig
 from dermfm.model.image import check_name
@@ -15,6 +17,7 @@ from dermfm.objectives import ObjectiveConfig, check_objectives
 from dermfm.optimizer import OptimizerConfig
 from dermfm.samples import AugmentConfig, check_strategies
 from dermfm.storage import CacheConfig, remote
+from dermfm.validation import ValidationConfig
 from dermfm.zero import ZeroConfig
 from shards.manifest import Manifest
 
@@ -37,6 +40,13 @@ class TrainConfig:
     balance: float = key(0.0, "0: classes as often as they are; 1: all classes equally often; between: in between")
     optimizer: OptimizerConfig = key(OptimizerConfig, "AdamW and its schedule")
     zero: ZeroConfig = key(ZeroConfig, "DeepSpeed")
+    activation_checkpointing: list[str] = key(
+        [], "parts whose blocks are run again in the backward pass to save memory: image, text, fusion, decoder, or all"
+    )
+    compile: bool = key(False, "compile towers and fusion with torch.compile (stages 0 to 2)")
+    init_from: str | None = key(
+        None, "run, checkpoint or export folder whose weights a new run starts from, with a fresh schedule"
+    )
     seed: int = key(0, "initialisation, data order, augmentation and note choice")
     num_lanes: int | None = key(None, "lanes of the data order; null: chosen from the number of samples")
     window: int = key(4096, "samples a shuffle window")
@@ -51,6 +61,17 @@ class TrainConfig:
     device: str = key("auto", "auto, cuda or cpu")
     resume: str | None = key(None, "checkpoint folder to resume from instead of the run's newest")
     allow_change: list[str] = key([], "identity keys that a resumed run may change")
+    async_checkpoint: bool = key(True, "write checkpoints while training goes on; needs host memory for a rank's part")
+    validation: ValidationConfig = key(ValidationConfig, "scores on a small fixed set while training; gives the best")
+    on_nonfinite: str = key("stop", "a loss or gradient that is not finite: stop, or skip the step")
+    max_skips: int = key(10, "steps that a run may skip before it stops")
+    spike_factor: float = key(10.0, "a loss so many median deviations over the last ones is told; 0: none is")
+    skip_samples: list[int] = key([], "[a, b): steps that would read these stream indices are left out")
+    stall_s: float = key(600.0, "seconds without a step after which every rank writes its stacks to its log")
+    stall_end_s: float = key(1800.0, "seconds without a step after which the job ends; 0: never")
+    images_every: int = key(0, "steps between image-note pairs with attention maps in TensorBoard; 0: none")
+    profile: list[int] = key([], "[a, b): steps whose torch profiler trace is written to <run>/profile")
+    peak_tflops: float = key(0.0, "a device's peak TFLOP/s for MFU; 0: by its name (CPUs: no MFU)")
 
     def __post_init__(self) -> None:
         check_range("contrastive_batch", self.contrastive_batch, 1)
@@ -70,6 +91,24 @@ class TrainConfig:
                 "model.text.cache_mb: a rank that skips a forward pass would stall ZeRO stage 3; set it to 0"
             )
         check_choice("device", self.device, ("auto", "cuda", "cpu"))
+        check_parts("activation_checkpointing", self.activation_checkpointing)
+        if self.compile and self.zero.stage == 3:
+            raise ValueError(
+                "compile: does not go with zero.stage=3, whose hooks gather parameters; use stage 0, 1 or 2"
+            )
+        if self.init_from and self.resume:
+            raise ValueError(
+                "init_from: starts a new run, resume= continues an old one; give one of them (a run that has "
+                "checkpoints of its own continues from these, whatever init_from says)"
+            )
+        check_choice("on_nonfinite", self.on_nonfinite, ("stop", "skip"))
+        for name in ("max_skips", "spike_factor", "stall_end_s", "images_every", "peak_tflops"):
+            check_range(name, getattr(self, name), 0)
+        check_range("stall_s", self.stall_s, 1)
+        for name in ("skip_samples", "profile"):
+            pair = getattr(self, name)
+            if pair and not (len(pair) == 2 and 0 <= pair[0] < pair[1]):
+                raise ValueError(f"{name}: {pair} is not valid; give [a, b] with 0 <= a < b")
         if self.objectives.uses_text and not any(w > 0 for w in self.strategies.values()):
             raise ValueError("strategies: objectives read notes, but no strategy has a positive weight")
 
@@ -87,6 +126,11 @@ class Plan:
 
 def plan(config: TrainConfig, manifest: Manifest, world: int) -> Plan:
     """Batch and step arithmetic for `world` ranks; InputError names legal neighbours of a batch that does not fit."""
+    return arithmetic(config, sum(s.num_samples for s in manifest.split(config.split)), world)
+
+
+def arithmetic(config: TrainConfig, num_samples: int, world: int) -> Plan:
+    """The same for a split of `num_samples` samples."""
     batch = config.contrastive_batch
     if batch % world:
         low = batch // world * world
@@ -95,9 +139,9 @@ def plan(config: TrainConfig, manifest: Manifest, world: int) -> Plan:
     own = batch // world
     micro = min(config.micro_batch, own)
     if own % micro:
-        legal = [d for d in range(1, own + 1) if own % d == 0]
-        raise InputError(f"micro_batch: {micro} does not divide the {own} samples of a rank; one of {legal} does")
-    num_samples = sum(s.num_samples for s in manifest.split(config.split))
+        low = next(d for d in range(micro, 0, -1) if own % d == 0)
+        high = next(d for d in range(micro, own + 1) if own % d == 0)
+        raise InputError(f"micro_batch: {micro} does not divide the {own} samples of a rank; {low} and {high} do")
     total = max(math.ceil(config.epochs * num_samples / batch), 1)
     every = config.checkpoint_every or num_samples
     return Plan(num_samples, total, own // micro, micro, max(round(every / batch), 1))
@@ -108,6 +152,8 @@ def describe(config: TrainConfig, world: int) -> str:
     manifest = Manifest.load(config.shards, remote(config.cache))
     check_notes(config, manifest)
     check_sources(config.model)
+    if config.init_from:
+        initial.check(config.init_from)
     p = plan(config, manifest, world)
     shape = f"{world} ranks × {p.num_micro} micro-batches × {p.micro_batch}"
     return (

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import IO, Any
 
-from dermfm.config import InputError, to_yaml
+from dermfm.config import InputError, short_hash, to_yaml
 from shards.manifest import write_text
 
 
@@ -31,6 +31,11 @@ def code_version() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "not a git checkout\n"
     return head.stdout + diff.stdout
+
+
+def code_hash() -> str:
+    """Hash of `code_version`."""
+    return short_hash(code_version())
 
 
 def take_lock(folder: Path) -> IO[str]:

@@ -4,256 +4,254 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from cluster.preemption import StopFlag
 from cluster.process import Process
-from dermfm import checkpoint, metrics, run, zero
-from dermfm.config import InputError, to_dict
-from dermfm.model.dermfm import DermFM, ModelConfig
+from cluster.watchdog import Unwatched
+from dermfm import checkpoint, compute, flops, initial, metrics, zero
+from dermfm.border import Feed, agree
+from dermfm.config import fingerprint, to_dict
+from dermfm.gradients import Gradients, part_of
+from dermfm.guard import Guard, Spikes
+from dermfm.model.dermfm import DermFM
 from dermfm.optimizer import OptimizerConfig, parameter_groups, rate_factor
-from dermfm.plan import Plan, TrainConfig, check_notes, plan
-from dermfm.samples import Batch, Collate, SampleFn, balanced_weights
+from dermfm.pictures import Pictures
+from dermfm.plan import Plan, TrainConfig, plan
+from dermfm.resume import identity_of, open_data, origin_of
+from dermfm.run import code_hash
+from dermfm.samples import Batch, Collate, SampleFn
+from dermfm.saver import Keeping, Saver
+from dermfm.speed import Forwards, Laps, Speed
 from dermfm.step import optimizer_step
 from dermfm.storage import remote
-from shards.loader import stream
+from dermfm.stream import Steps, batches
+from dermfm.tracing import Tracer
+from dermfm.validation import NoValidation, Validation
 from shards.manifest import Manifest
 from shards.order import SampleOrder
 from shards.reader import ShardReader
 
 DONE, RESUMABLE = 0, 75
-NO_SHAPE = (
-    "model.text.cache_mb",
-    "model.fusion.kernel",
-    "model.decoder.kernel",
-    "model.image.kernel",
-    "model.text.kernel",
-    "model.text.packed",
-)  # how the model computes, not what it is
+UNWATCHED = Unwatched()
 _log = logging.getLogger(__name__)
 
 
-def train(config: TrainConfig, process: Process, source: checkpoint.Source | None, stop: StopFlag) -> int:
+def train(
+    config: TrainConfig,
+    process: Process,
+    source: checkpoint.Source | None,
+    stop: StopFlag,
+    watch: Unwatched = UNWATCHED,
+) -> int:
     """Run until done (0) or stopped by `stop` with a checkpoint (75), from `source` if given. Called by every rank."""
-    folder = Path(config.run)
-    manifest = Manifest.load(config.shards)
+    laps, folder, manifest = Laps(), Path(config.run), Manifest.load(config.shards, remote(config.cache))
     arithmetic = plan(config, manifest, process.world)
-    order, reader = _data(config, manifest)
-    identity = _identity(config, manifest, order)
-    engine = _engine(config, arithmetic, source, process)
-    state = _restore(engine, config, identity, source, process)
-    if process.is_first:
-        checkpoint.set_aside(folder / "ckpt", state.step)
-    batches = _batches(config, engine.module, reader, order, state, arithmetic, process)
+    order, reader = open_data(config, manifest)
+    laps.lap("data")
+    engine, speed = _engine(config, arithmetic, source, process)
+    laps.lap("model")
+    state = _restore(engine, config, manifest, order, arithmetic, source, process)
+    saver = Saver(engine, folder / "ckpt", Keeping(config.keep_last, config.keep_every), config.async_checkpoint, watch)
+    saver.start(state)
+    laps.lap("checkpoint")
+    steps = Steps(state.step, arithmetic.total_steps, state.samples_seen, config.contrastive_batch, config.skip_samples)
+    feed = Feed(_batches(config, engine.module, reader, order, steps, process), process.device, watch)
+    guard = Guard(
+        Gradients(engine), config.on_nonfinite, config.max_skips, config.zero.precision == "fp16", state.meter
+    )
+    spikes = Spikes(folder / "ckpt", config.spike_factor, config.contrastive_batch, state.meter)
+    validation = _validation(config, manifest, engine.module, arithmetic, process)
+    tracer = Tracer(folder, config.profile, process.is_first)
     log = metrics.MetricsLog(folder, state.step, process.is_first)
-    speed = metrics.Speed()
+    pictures = Pictures(log, config.images_every, config.objectives.uses("fusion"))
+    feed.fetch()
+    agree(False, False, feed.error)
+    laps.lap("first batch")
+    _say(process, str(laps))
     try:
-        for step in range(state.step + 1, arithmetic.total_steps + 1):
-            asked = time.monotonic()
-            batch = next(batches).to(process.device, non_blocking=True)
-            waited = time.monotonic() - asked
-            rates = _set_rates(engine, config.optimizer, state.samples_seen / _total_samples(config, arithmetic))
+        for step in steps:
+            tracer.before(step)
+            batch = feed.take()
+            watch.phase("forward and backward")
+            rates = _set_rates(engine, config.optimizer, steps.start(step), _total_samples(config, arithmetic))
             values = optimizer_step(engine, batch, arithmetic.micro_batch, config.objectives)
-            _check_finite(values, step, batch)
-            engine.step()
-            norm = _gradient_norm(engine, config, step, batch)
-            state.step, state.samples_seen = step, state.samples_seen + config.contrastive_batch
-            speed.add(config.contrastive_batch, waited)
-            stopping, last = _agree(bool(stop)), step == arithmetic.total_steps
-            saving = stopping or last or step % arithmetic.checkpoint_steps == 0
-            if step % config.log_every == 0 or saving or step == 1:
-                values |= rates | speed.values() | {"grad_norm": norm} | _progress(state, arithmetic)
-                if saving:
-                    values["checkpoint_s"] = _save(engine, folder / "ckpt", state, config, process)
-                _report(log, step, arithmetic, values, process)
+            watch.phase("optimizer step")
+            update = guard.update(engine, step, values, batch, arithmetic.micro_batch)
+            state.step, state.samples_seen = step, steps.end(step)
+            spikes.look(step, state.samples_seen, values["loss"])
+            speed.add(config.contrastive_batch, feed.waited_s)
+            feed.fetch()
+            agreed, last = agree(bool(stop), saver.is_writing, feed.error), step == steps.last
+            watch.border(step)
+            watch.phase("validation")
+            scores = validation.run(engine, step, last=last, stopping=agreed.stop)
+            save = agreed.stop or last or step % arithmetic.checkpoint_steps == 0
+            save |= saver.is_best(state, scores.get(validation.metric))
+            saver.border(state, writing=agreed.writing, save=save, last=agreed.stop or last)
+            watch.phase("log")
+            pictures.show(step, engine.module, batch)
+            if step % config.log_every == 0 or save or scores or step == steps.done + 1:
+                values |= rates | speed.values() | update.named() | _progress(engine, state, arithmetic)
+                _report(log, step, arithmetic, values | saver.cost() | scores, process)
                 speed.reset()
-            if stopping and not last:
+            speed.next_is_logged((step + 1) % config.log_every == 0)
+            if agreed.stop and not last:
                 name = stop.signal_name or "a peer"
                 return _say(process, f"stopped by {name} at step {step}; the same command continues", RESUMABLE)
+            if last:
+                log.summary(to_dict(config), values | scores)
         where = folder / "ckpt" / checkpoint.step_name(state.step)
         return _say(process, f"done: {state.step} steps, {state.samples_seen} samples; checkpoint {where}", DONE)
     finally:
+        tracer.close()
         log.close()
 
 
-def _data(config: TrainConfig, manifest: Manifest) -> tuple[SampleOrder, ShardReader]:
-    shards = manifest.split(config.split)
-    reader = ShardReader(manifest.folder, shards, remote(config.cache))
-    check_notes(config, manifest)
-    weights = None
-    if config.balance:
-        weights = balanced_weights(manifest.read_rows(config.split)["label"], config.balance)
-    return SampleOrder(reader.shard_sizes, config.seed, config.num_lanes, config.window, weights), reader
-
-
-def _identity(config: TrainConfig, manifest: Manifest, order: SampleOrder) -> dict[str, Any]:
-    """What must not change between a run and its resumption: data order, batch, model shape."""
-    shape = _flat(to_dict(config.model), "model")
-    return {
-        "shards": manifest.fingerprint,
-        "contrastive_batch": config.contrastive_batch,
-        "balance": config.balance,
-        "strategies": dict(config.strategies),
-        **{name: value for name, value in shape.items() if name not in NO_SHAPE},
-        "num_lanes": order.num_lanes,
-        "window": order.window,
-        "seed": config.seed,
-    }
-
-
-def _flat(values: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """Nested dictionaries as one with dotted names."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}.{name}") if isinstance(value, dict) else {f"{prefix}.{name}": value}
-    return flat
-
-
-def _engine(config: TrainConfig, arithmetic: Plan, source: checkpoint.Source | None, process: Process) -> Any:
+def _engine(
+    config: TrainConfig, arithmetic: Plan, source: checkpoint.Source | None, process: Process
+) -> tuple[Any, Speed]:
+    """DeepSpeed's engine over a new model, and the meter of its speed."""
     torch.manual_seed(config.seed)
-    settings = zero.deepspeed_json(
+    if config.init_from and source is None:
+        model = DermFM(config.model).train()
+        initial.start_from(model, config.init_from, process.device)
+    else:
+        with zero.towers_in_shards(_settings(config, arithmetic, source, process), process.device):
+            model = DermFM(config.model).train()
+    settings = _settings(config, arithmetic, source, process, model)
+    peak = flops.peak_tflops(process.device, config.zero.precision, config.peak_tflops)
+    per_sample = sum(flops.count(config.model, config.objectives)) if peak and process.is_first else 0.0
+    compute.prepare(model, config.activation_checkpointing, config.compile)
+    engine = zero.initialize(model, parameter_groups(model, config.optimizer), settings, process.device)
+    return engine, Speed(per_sample, peak, Forwards(engine.module))
+
+
+def _settings(
+    config: TrainConfig,
+    arithmetic: Plan,
+    source: checkpoint.Source | None,
+    process: Process,
+    model: DermFM | None = None,
+) -> dict[str, Any]:
+    """DeepSpeed's configuration. Without a model, buckets have their least size: enough to build towers in shards."""
+    parameters = list(model.parameters()) if model is not None else []
+    return zero.deepspeed_json(
         config.zero,
         micro_batch=arithmetic.micro_batch,
         num_micro=arithmetic.num_micro,
         world=process.world,
         optimizer={"lr": config.optimizer.lr, "betas": list(config.optimizer.betas), "eps": config.optimizer.eps},
         device=process.device,
+        num_learning=sum(zero.num_elements(p) for p in parameters if p.requires_grad),
+        num_parameters=sum(zero.num_elements(p) for p in parameters),
         load_universal=source is not None and source.is_universal,
     )
-    with zero.towers_in_shards(settings, process.device):
-        model = DermFM(config.model).train()
-    return zero.initialize(model, parameter_groups(model, config.optimizer), settings, process.device)
 
 
 def _total_samples(config: TrainConfig, arithmetic: Plan) -> int:
     return arithmetic.total_steps * config.contrastive_batch
 
 
-def _set_rates(engine: Any, config: OptimizerConfig, done: float) -> dict[str, float]:
-    factor = rate_factor(config, done)
+def _set_rates(engine: Any, config: OptimizerConfig, seen: int, total: int) -> dict[str, float]:
+    factor = rate_factor(config, seen, total)
+    rates: dict[str, float] = {}
     for group in engine.optimizer.param_groups:
         group["lr"] = group["peak"] * factor
-    return {"lr": config.lr * factor}
-
-
-def resume_source(config: TrainConfig, process: Process) -> checkpoint.Source | None:
-    """The checkpoint that this run goes on from, readable at this world size, or None. Before the group exists.
-
-    InputError where an identity key differs from it, or where all checkpoints of the run are damaged.
-    """
-    folder = Path(config.run) / "ckpt"
-    found = checkpoint.find(config.resume) if config.resume else checkpoint.newest(folder)
-    if found is None:
-        if steps := checkpoint.complete_steps(folder):
-            raise InputError(f"{folder}: all {len(steps)} checkpoints are damaged; remove them to begin anew")
-        return None
-    manifest = Manifest.load(config.shards)
-    identity = _identity(config, manifest, _data(config, manifest)[0])
-    # A key of the model that the run's version did not have yet was what its default is now.
-    known = {n: v for n, v in _flat(to_dict(ModelConfig()), "model").items() if n not in NO_SHAPE}
-    run.check_identity(
-        known | checkpoint.read_state(found).identity, identity, list(config.allow_change), Path(config.run)
-    )
-    return checkpoint.source_for(found, process.world, config.zero.stage, process.is_first)
-
-
-def is_done(config: TrainConfig, world: int) -> bool:
-    """Whether the run's newest checkpoint is its last one."""
-    folder = Path(config.run) / "ckpt"
-    steps = checkpoint.complete_steps(folder)
-    if config.resume or not steps or steps[-1] < plan(config, Manifest.load(config.shards), world).total_steps:
-        return False
-    return checkpoint.damage(folder / checkpoint.step_name(steps[-1])) is None
+        name = f"lr/{part_of(group)}"
+        rates[name] = max(rates.get(name, 0.0), group["lr"])
+    return {"lr": config.lr * factor, **rates}
 
 
 def _restore(
-    engine: Any, config: TrainConfig, identity: dict[str, Any], source: checkpoint.Source | None, process: Process
+    engine: Any,
+    config: TrainConfig,
+    manifest: Manifest,
+    order: SampleOrder,
+    arithmetic: Plan,
+    source: checkpoint.Source | None,
+    process: Process,
 ) -> checkpoint.State:
     """Load the source into the engine; the state to go on from."""
-    state = checkpoint.State(0, 0, identity, process.world, config.zero.stage, torch.get_num_threads())
+    schedule = {
+        "total_samples": _total_samples(config, arithmetic),
+        "warmup": config.optimizer.warmup,
+        "form": config.optimizer.schedule,
+    }
+    state = checkpoint.State(
+        0,
+        0,
+        identity_of(config, manifest, order),
+        process.world,
+        config.zero.stage,
+        torch.get_num_threads(),
+        origin=origin_of(config),
+        fingerprint=manifest.fingerprint,
+        code=code_hash(),
+        config=fingerprint(config),
+        schedule=schedule,
+    )
     if source is None:
         return state
     zero.load(engine, source.folder.parent, source.folder.name)
-    state.step, state.samples_seen = source.state.step, source.state.samples_seen
+    for name in ("step", "samples_seen", "best", "best_step", "meter"):
+        setattr(state, name, getattr(source.state, name))
     how = f", saved by {source.state.world} ranks" if source.is_universal else ""
-    _say(process, f"resuming {source.checkpoint.name} at {state.samples_seen} samples{how}", DONE)
+    _say(process, f"resuming {source.checkpoint.name} at {state.samples_seen} samples{how}")
     return state
 
 
 def _batches(
-    config: TrainConfig,
-    model: DermFM,
-    reader: ShardReader,
-    order: SampleOrder,
-    state: checkpoint.State,
-    arithmetic: Plan,
-    process: Process,
+    config: TrainConfig, model: DermFM, reader: ShardReader, order: SampleOrder, steps: Steps, process: Process
 ) -> Iterator[Batch]:
-    size = config.model.image.size
-    strategies = dict(config.strategies) if config.objectives.uses_text else {}
-    return stream(
+    return batches(
+        steps,
         reader,
         order,
-        start=state.samples_seen,
-        global_batch=config.contrastive_batch,
-        rank=process.rank,
-        world=process.world,
+        process,
         seed=config.seed,
-        sample_fn=SampleFn(size, strategies, config.augment),
-        collate_fn=Collate(model.tokenizer, config.model.text.max_tokens, size),
+        sample_fn=SampleFn(config.model.image.size, _strategies(config), config.augment),
+        collate_fn=Collate(model.tokenizer, config.model.text.max_tokens, config.model.image.size),
         num_workers=config.num_workers,
-        num_steps=arithmetic.total_steps - state.step,
         max_bad_fraction=config.max_bad_fraction,
     )
 
 
-def _agree(flag: bool) -> bool:
-    """Whether any rank has the flag set. Collective."""
-    value = torch.tensor(float(flag))
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    value = value.to(device)
-    dist.all_reduce(value, dist.ReduceOp.MAX)
-    return bool(value.item())
+def _strategies(config: TrainConfig) -> dict[str, float]:
+    return dict(config.strategies) if config.objectives.uses_text else {}
 
 
-def _check_finite(values: dict[str, float], step: int, batch: Batch) -> None:
-    """Losses are sums over all ranks: every rank sees the same value and raises together."""
-    bad = [name for name, value in values.items() if not math.isfinite(value)]
-    if bad:
-        shown = ", ".join(batch.record_ids[:4])
-        raise FloatingPointError(f"step {step}: {', '.join(bad)} is not finite; records of this rank: {shown}, …")
+def _validation(
+    config: TrainConfig, manifest: Manifest, model: DermFM, arithmetic: Plan, process: Process
+) -> NoValidation:
+    """The validation pass, or the null one where the shards lack its split or it is switched off."""
+    every, split, size = config.validation.every, config.validation.split, config.model.image.size
+    if every < 0 or not any(s.split == split and s.num_samples for s in manifest.shards):
+        return NoValidation()
+    return Validation(
+        config.validation,
+        manifest,
+        config.objectives,
+        SampleFn(size, _strategies(config)),
+        Collate(model.tokenizer, config.model.text.max_tokens, size),
+        arithmetic.micro_batch,
+        max(round((every or arithmetic.num_samples) / config.contrastive_batch), 1),
+        process.device,
+    )
 
 
-def _gradient_norm(engine: Any, config: TrainConfig, step: int, batch: Batch) -> float:
-    """Global norm before clipping, the same on every rank; NaN where DeepSpeed does not tell (stage 0 in fp32)."""
-    norm = engine.get_global_grad_norm()
-    if norm is None:
-        return math.nan
-    if config.zero.precision != "fp16":  # fp16 skips such a step and lowers its loss scale
-        _check_finite({"grad_norm": float(norm)}, step, batch)
-    return float(norm)
-
-
-def _progress(state: checkpoint.State, arithmetic: Plan) -> dict[str, float]:
-    return {"samples_seen": float(state.samples_seen), "epoch": state.samples_seen / arithmetic.num_samples}
-
-
-def _save(engine: Any, folder: Path, state: checkpoint.State, config: TrainConfig, process: Process) -> float:
-    """Write a checkpoint and prune; seconds it took. No rank goes on, or ends, before the first one has pruned."""
-    began = time.monotonic()
-    checkpoint.save(engine, folder, state)
-    if process.is_first:
-        checkpoint.prune(folder, config.keep_last, config.keep_every)
-    dist.barrier()
-    return time.monotonic() - began
+def _progress(engine: Any, state: checkpoint.State, arithmetic: Plan) -> dict[str, float]:
+    told = {"samples_seen": float(state.samples_seen), "epoch": state.samples_seen / arithmetic.num_samples}
+    scale = engine.module.logit_scale
+    if scale.numel():  # ZeRO-3 may hold it elsewhere between steps
+        told["logit_scale"] = math.exp(float(scale.detach()))
+    if state.meter["skipped"]:
+        told["skipped_steps"] = float(state.meter["skipped"])
+    return told
 
 
 def _report(log: metrics.MetricsLog, step: int, arithmetic: Plan, values: dict[str, float], process: Process) -> None:
@@ -262,24 +260,7 @@ def _report(log: metrics.MetricsLog, step: int, arithmetic: Plan, values: dict[s
         _log.info(metrics.line(step, arithmetic.total_steps, values))
 
 
-def _say(process: Process, text: str, code: int) -> int:
+def _say(process: Process, text: str, code: int = DONE) -> int:
     if process.is_first:
         _log.info(text)
     return code
-
-
-def prepare(config: TrainConfig) -> None:
-    """What the first process of a run does before any group exists: check inputs, the run directory and its disk."""
-    manifest = Manifest.load(config.shards)
-    check_notes(config, manifest)
-    manifest.split(config.split)
-    folder = Path(config.run)
-    try:
-        (folder / "ckpt").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"run: {folder} cannot be made ({error.strerror})") from error
-    if not os.access(folder, os.W_OK):
-        raise InputError(f"run: {folder} cannot be written")
-    free = shutil.disk_usage(folder).free
-    if free < 1e9:
-        raise InputError(f"run: {folder} has {free / 1e9:.1f} GB free; a checkpoint needs more")

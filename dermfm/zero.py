@@ -16,8 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dermfm import memory
 from dermfm.config import InputError, check_choice, check_range, key
 from dermfm.model.weights import Sharding, sharded
+from dermfm.writer import BackgroundWriter, install
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 UNIVERSAL_VERSION = 0.2  # of DeepSpeed's universal checkpoint; its converter asks for the entry at stages 1 and 2
@@ -32,14 +34,23 @@ class ZeroConfig:
     gradient_clipping: float = key(1.0, "largest global gradient norm; 0 switches clipping off")
     offload_optimizer: bool = key(False, "keep optimizer states in CPU memory (stages 1 to 3)")
     offload_parameters: bool = key(False, "keep parameters in CPU memory (stage 3)")
-    bucket_elements: int = key(50_000_000, "elements a communication bucket")
+    bucket_elements: int | None = key(
+        None, "elements a communication bucket; null: a tenth of what learns, within 5 to 200 million"
+    )
+    overlap: bool | None = key(
+        None, "reduce gradients while the backward pass goes on (stages 2 and 3); null: on GPUs at those stages"
+    )
     extra: dict[str, Any] = key({}, "merged into DeepSpeed's JSON as it is: the escape hatch")
 
     def __post_init__(self) -> None:
         check_range("zero.stage", self.stage, 0, 3)
         check_choice("zero.precision", self.precision, DTYPES)
         check_range("zero.gradient_clipping", self.gradient_clipping, 0)
-        check_range("zero.bucket_elements", self.bucket_elements, 1000)
+        if self.bucket_elements is not None:
+            check_range("zero.bucket_elements", self.bucket_elements, 1000)
+        if self.overlap and self.stage < 2:
+            # DeepSpeed's own limit: below stage 2 only with a boundary of its own, and we own the boundary.
+            raise ValueError(f"zero.overlap: needs zero.stage 2 or 3, it is {self.stage}; leave it null")
         if self.offload_parameters and self.stage != 3:
             raise ValueError(f"zero.offload_parameters: needs zero.stage=3, it is {self.stage}")
         if self.offload_optimizer and self.stage == 0:
@@ -54,21 +65,15 @@ def deepspeed_json(
     world: int,
     optimizer: dict[str, Any],
     device: str,
+    num_learning: int,
+    num_parameters: int,
     load_universal: bool = False,
 ) -> dict[str, Any]:
-    """DeepSpeed's configuration: batch arithmetic, precision, ZeRO, AdamW; `zero.extra` merged on top."""
-    zero: dict[str, Any] = {"stage": config.stage}
-    if config.stage:
-        zero |= {
-            "reduce_bucket_size": config.bucket_elements,
-            "allgather_bucket_size": config.bucket_elements,
-            # Overlap is DeepSpeed's only with a boundary of its own below stage 2; we own the boundary.
-            "overlap_comm": config.stage >= 2 and device.startswith("cuda"),
-        }
-    if config.offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device.startswith("cuda")}
-    if config.offload_parameters:
-        zero["offload_param"] = {"device": "cpu", "pin_memory": device.startswith("cuda")}
+    """DeepSpeed's configuration: batch arithmetic, precision, ZeRO, AdamW; `zero.extra` merged on top.
+
+    Sizes of buckets follow the parameters of the model, of which `num_learning` learn.
+    """
+    zero = _zero_section(config, num_learning, num_parameters, device)
     plain = {
         "train_batch_size": micro_batch * num_micro * world,
         "train_micro_batch_size_per_gpu": micro_batch,
@@ -87,6 +92,26 @@ def deepspeed_json(
         "wall_clock_breakdown": False,
     }
     return merge(plain, config.extra)
+
+
+def _zero_section(config: ZeroConfig, num_learning: int, num_parameters: int, device: str) -> dict[str, Any]:
+    on_gpu = device.startswith("cuda")
+    zero: dict[str, Any] = {"stage": config.stage}
+    if config.stage:
+        bucket = config.bucket_elements or memory.bucket_elements(num_learning)
+        overlap = config.stage >= 2 and on_gpu if config.overlap is None else config.overlap
+        zero |= {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket, "overlap_comm": overlap}
+    if config.stage == 3:
+        live = memory.live_elements(num_parameters)
+        # DeepSpeed's own defaults (a billion) keep most models gathered throughout, as if nothing were sharded.
+        zero |= {"stage3_max_live_parameters": live, "stage3_max_reuse_distance": live}
+        zero |= {"stage3_prefetch_bucket_size": min(zero["reduce_bucket_size"], live // 2)}
+    where = {"device": "cpu", "pin_memory": on_gpu}
+    if config.offload_optimizer:
+        zero["offload_optimizer"] = where
+    if config.offload_parameters:
+        zero["offload_param"] = where
+    return zero
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -149,13 +174,26 @@ def initialize(model: nn.Module, groups: list[dict[str, Any]], settings: dict[st
         )
     except (AssertionError, ValueError) as error:
         raise InputError(f"zero: DeepSpeed refuses this configuration: {' '.join(str(error).split())}") from error
+    install(engine)
+    engine._copy_recovery_script = lambda folder: None  # a program beside every checkpoint, which nobody calls
     return engine
+
+
+def num_elements(parameter: Tensor) -> int:
+    """Elements of a whole parameter, also of one that stage 3 holds in shards."""
+    return getattr(parameter, "ds_numel", parameter.numel())
 
 
 def save(engine: Any, folder: Path, tag: str, client_state: dict[str, Any]) -> None:
     """Every rank writes its part under folder/tag. Collective."""
     state = {**client_state, "universal_checkpoint_info": {"universal_checkpoint_version": UNIVERSAL_VERSION}}
     engine.save_checkpoint(str(folder), tag=tag, client_state=state, save_latest=False)
+
+
+def written(engine: Any, folder: Path) -> list[dict[str, Any]]:
+    """What this rank has written into a checkpoint folder: name, size and sha256 of each file. Waits for its writer."""
+    writer = getattr(engine, "checkpoint_engine", None)
+    return writer.files(folder) if isinstance(writer, BackgroundWriter) else []
 
 
 def load(engine: Any, folder: Path, tag: str) -> None:

@@ -29,6 +29,7 @@ JOBS: dict[str, tuple[str, tuple[str, ...]]] = {
     "notes": ("synthesize clinical notes for the records with an LLM on Ray actors", ()),
     "shards": ("pack images and notes into WebDataset shards", ("add-notes", "verify", "index")),
     "train": ("pretrain the image-text model with DeepSpeed ZeRO", ()),
+    "plan": ("memory per GPU, time, disk and communication of a training run on any nodes × GPUs", ()),
     "evaluate": ("score a checkpoint: classification, zero-shot, retrieval, per data set and partition", ()),
     "export": ("write a checkpoint as a folder that stands alone: weights, processor, calibration, model card", ()),
     "predict": ("classes, nearest notes, reports and attention maps for a folder of images, as CSV and HTML", ()),
@@ -83,7 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in DISK_ERRORS or not error.filename or "DERMFM_TRACEBACK" in os.environ:
             raise
-        print(f"dermfm {argv[0]}: {error.filename}: {error.strerror}; give another path", file=sys.stderr)
+        if is_first_rank():
+            print(f"dermfm {argv[0]}: {error.filename}: {error.strerror}; give another path", file=sys.stderr)
         return BAD_INPUT
     except (InputError, ShardError, ProcessError, SlurmError, RayJobError) as error:
         if is_first_rank():

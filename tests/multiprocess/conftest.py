@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-SPLITS = {"train": 40}
+SPLITS = {"train": 40, "valid": 12}
 BAD_IMAGE = 5
 WORDS = "macule papule nodule plaque red brown blue sharp indistinct border lesion arm leg face benign malignant"
 WORD_LIST = WORDS.split()
@@ -54,7 +54,7 @@ def text_tower(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def shard_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two shards with `SPLITS` samples, written by the project's writer."""
+    """Two shards of `train` and one of `valid` with `SPLITS` samples, written by the project's writer."""
     from shards.manifest import write_manifest
     from shards.writer import write_shard
 
@@ -62,6 +62,8 @@ def shard_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     samples = [_sample(i) for i in range(SPLITS["train"])]
     parts = [samples[:25], samples[25:]]
     infos = [write_shard(folder, f"train-{i:05d}.tar", "train", part) for i, part in enumerate(parts)]
+    held_out = [_sample(100 + i) for i in range(SPLITS["valid"])]
+    infos.append(write_shard(folder, "valid-00000.tar", "valid", held_out))
     strategies = Counter(n["strategy"] for s in samples for n in json.loads(s["json"])["notes"])
     write_manifest(folder, infos, {"strategies": dict(strategies)})
     return folder

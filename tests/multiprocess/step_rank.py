@@ -1,9 +1,9 @@
 """A rank of the step tests: trains the same contrastive batches under several (ZeRO stage, micro-batch) settings.
 
-Arguments: one JSON object {model, cases: [{stage, micro, objectives}], references: [{objectives}], num_steps, out}. The
-first rank writes to `out` a JSON list with the losses and the gradient norm of every step of every case; on one rank,
-also those of the references. A case of stage null takes one step in float64 without DeepSpeed; its row tells loss by
-loss and parameter by parameter how far it is from the reference.
+Arguments: one JSON object {model, cases: [{stage, micro, objectives, num_steps}], references: [{objectives,
+num_steps}], out}. The first rank writes to `out` a JSON list with the losses and the gradient norm of every step of
+every case; on one rank, also those of the references. A case of stage null takes one step in float64 without DeepSpeed;
+its row tells loss by loss and parameter by parameter how far it is from the reference.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from dermfm import losses, zero
 from dermfm.concepts import CONCEPTS
 from dermfm.config import from_dict
 from dermfm.model.dermfm import DermFM, ModelConfig
+from dermfm.objectives import ObjectiveConfig
 from dermfm.optimizer import OptimizerConfig, parameter_groups
 from dermfm.samples import Batch, hash63, tokenize
-from dermfm.step import ObjectiveConfig, optimizer_step
+from dermfm.step import optimizer_step
 
 GLOBAL_BATCH = 16
 CLIPPING = 0.5
@@ -73,6 +74,7 @@ def run_case(job: dict[str, Any], case: dict[str, Any], rank: int, world: int) -
     own = GLOBAL_BATCH // world
     micro = min(case["micro"], own)
     torch.manual_seed(0)
+    model = DermFM(config).train()
     settings = zero.deepspeed_json(
         zero.ZeroConfig(stage=case["stage"], gradient_clipping=CLIPPING),
         micro_batch=micro,
@@ -80,11 +82,12 @@ def run_case(job: dict[str, Any], case: dict[str, Any], rank: int, world: int) -
         world=world,
         optimizer={"lr": OPTIMIZER.lr, "betas": OPTIMIZER.betas, "eps": OPTIMIZER.eps},
         device="cpu",
+        num_learning=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        num_parameters=sum(p.numel() for p in model.parameters()),
     )
-    model = DermFM(config).train()
     engine = zero.initialize(model, parameter_groups(model, OPTIMIZER), settings, "cpu")
     rows = []
-    for step in range(job["num_steps"]):
+    for step in range(case["num_steps"]):
         batch = own_part(full_batch(engine.module.tokenizer, step), rank, world)
         values = optimizer_step(engine, batch, micro, objectives)
         engine.step()
@@ -144,7 +147,7 @@ def run_reference(job: dict[str, Any], case: dict[str, Any]) -> list[dict[str, f
     groups = parameter_groups(model, OPTIMIZER)
     optimizer = torch.optim.AdamW(groups, betas=tuple(OPTIMIZER.betas), eps=OPTIMIZER.eps)
     rows = []
-    for step in range(job["num_steps"]):
+    for step in range(case["num_steps"]):
         parts = reference_losses(model, full_batch(model.tokenizer, step), objectives)
         total = sum(getattr(objectives, name) * value for name, value in parts.items())
         optimizer.zero_grad()

@@ -15,11 +15,15 @@ from cluster.process import close_group, from_environment, start_group
 from dermfm import checkpoint, run, zero
 from dermfm.checkpoint import (
     COMPLETE,
+    KEEP,
     State,
+    best,
     complete_steps,
     damage,
     find,
+    keep,
     newest,
+    point_best,
     prune,
     set_aside,
     source_for,
@@ -113,6 +117,36 @@ def test_a_save_that_fails_leaves_the_one_before_as_the_latest(tmp_path, engine,
         checkpoint.save(engine, tmp_path, state_of(6))
     assert newest(tmp_path) == tmp_path / step_name(3)
     assert find(tmp_path / step_name(3)) == tmp_path / step_name(3)
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_writer_that_fails_commits_nothing_and_leaves_no_half(tmp_path, engine, monkeypatch):
+    checkpoint.save(engine, tmp_path, state_of(3))
+
+    def full(engine: object, folder: Path) -> list[dict[str, Any]]:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(zero, "written", full)
+    with pytest.raises(OSError, match=r"step-00000006.tmp could not be written: rank 0: No space left on device"):
+        checkpoint.save(engine, tmp_path, state_of(6))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000003"]
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_file_that_is_not_what_its_writer_wrote_is_not_committed(tmp_path, engine, monkeypatch):
+    told = [{"name": "mp_rank_00_model_states.pt", "size": 8, "sha256": "0"}]
+    monkeypatch.setattr(zero, "written", lambda engine, folder: told)
+    with pytest.raises(OSError, match=r"mp_rank_00_model_states.pt is not what was written \(8 bytes\)"):
+        checkpoint.save(engine, tmp_path, state_of(3))
+    assert complete_steps(tmp_path) == []
+
+
+@pytest.mark.usefixtures("alone")
+def test_the_best_step_s_checkpoint_is_named_best(tmp_path, engine):
+    for step, best_step in ((3, 3), (6, 3)):
+        checkpoint.save(engine, tmp_path, state_of(step, best=0.5, best_step=best_step))
+    assert (tmp_path / "best").read_text() == "step-00000003\n"
+    assert (tmp_path / "latest").read_text() == "step-00000006\n"
 
 
 @pytest.mark.usefixtures("alone")
@@ -223,6 +257,29 @@ def test_checkpoints_after_the_step_that_a_run_goes_on_from_are_set_aside(tmp_pa
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000012", "step-00000024", "step-00000024.aside"]
 
 
+def test_the_best_and_those_marked_are_kept_whatever_their_age(tmp_path):
+    make(tmp_path, 4, 8, 12, 16, 20, 24)
+    point_best(tmp_path, 8)
+    keep(tmp_path / step_name(12), "a loss leapt after it")
+    prune(tmp_path, 2, 0)
+    assert complete_steps(tmp_path) == [8, 12, 20, 24]
+    assert best(tmp_path) == tmp_path / step_name(8)
+    assert (tmp_path / step_name(12) / KEEP).read_text() == "a loss leapt after it\n"
+    point_best(tmp_path, 24)
+    prune(tmp_path, 2, 0)
+    assert complete_steps(tmp_path) == [12, 20, 24]
+
+
+def test_a_best_that_is_not_there_is_none(tmp_path):
+    make(tmp_path, 4)
+    assert best(tmp_path) is None
+    point_best(tmp_path, 12)
+    assert best(tmp_path) is None
+    point_best(tmp_path, 4)
+    (tmp_path / step_name(4) / COMPLETE).unlink()
+    assert best(tmp_path) is None
+
+
 # ---- reading at another world size
 
 
@@ -241,10 +298,10 @@ def conversions(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 def test_as_many_ranks_read_a_checkpoint_as_it_is_others_convert_it_once(tmp_path, conversions):
     make(tmp_path, 4, world=2)
-    native = source_for(tmp_path / step_name(4), world=2, stage=1, first=True)
+    native = source_for(tmp_path / step_name(4), world=2, stage=1)
     assert (native.folder, native.is_universal) == (tmp_path / step_name(4), False)
-    for first in (True, False, True):
-        source = source_for(tmp_path / step_name(4), world=4, stage=1, first=first)
+    for _ in range(3):
+        source = source_for(tmp_path / step_name(4), world=4, stage=1)
         assert (source.folder, source.is_universal) == (tmp_path / "step-00000004.universal", True)
         assert source.state.samples_seen == 32
     assert conversions == [tmp_path / step_name(4)]
@@ -252,21 +309,14 @@ def test_as_many_ranks_read_a_checkpoint_as_it_is_others_convert_it_once(tmp_pat
 
 def test_stage_0_is_whole_on_every_rank_and_needs_no_conversion(tmp_path, conversions):
     make(tmp_path, 4, world=2, stage=0)
-    assert not source_for(tmp_path / step_name(4), world=4, stage=0, first=True).is_universal
+    assert not source_for(tmp_path / step_name(4), world=4, stage=0).is_universal
     assert conversions == []
 
 
 def test_another_stage_is_bad_input_that_says_which(tmp_path):
     make(tmp_path, 4, stage=2)
     with pytest.raises(InputError, match=r"was written at zero.stage=2, the run asks for 1; resume with zero.stage=2"):
-        source_for(tmp_path / step_name(4), world=1, stage=1, first=True)
-
-
-def test_a_rank_does_not_wait_for_a_conversion_for_ever(tmp_path, monkeypatch):
-    make(tmp_path, 4, world=2)
-    monkeypatch.setattr(checkpoint, "CONVERSION_TIMEOUT_S", -1.0)
-    with pytest.raises(RuntimeError, match="the first rank has not converted the checkpoint"):
-        source_for(tmp_path / step_name(4), world=1, stage=1, first=False)
+        source_for(tmp_path / step_name(4), world=1, stage=1)
 
 
 # ---- the run folder

@@ -6,11 +6,16 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 
-from dermfm import metrics
-from dermfm.metrics import MetricsLog, Speed, keep_rows, line, read_rows
+from dermfm import speed as speed_module
+from dermfm.flops import peak_tflops
+from dermfm.metrics import MetricsLog, keep_rows, line, read_rows
+from dermfm.speed import Forwards, Speed
 
 
 def board_of(run: Path, tag: str) -> list[tuple[int, float]]:
@@ -81,19 +86,64 @@ def test_a_run_without_rows_has_none(tmp_path):
 
 def test_speed_is_measured_over_the_interval(monkeypatch):
     hand = [50.0]
-    monkeypatch.setattr(metrics.time, "monotonic", lambda: hand[0])
-    speed = Speed()
-    for _ in range(4):
-        hand[0] += 0.5
+    monkeypatch.setattr(speed_module.time, "monotonic", lambda: hand[0])
+    speed = Speed(flops_per_sample=2e9, peak_tflops=0.5)
+    for seconds in (0.25, 0.25, 0.25, 1.25):
+        hand[0] += seconds
         speed.add(32, waited_s=0.1)
     values = speed.values()
-    assert values["samples_per_s"] == pytest.approx(64)
+    assert values["samples_per_s"] == values["samples_per_s_per_gpu"] == pytest.approx(64)
     assert values["step_s"] == pytest.approx(0.5)
+    assert values["step_s_p50"] == pytest.approx(0.25)
+    assert values["step_s_p95"] == pytest.approx(np.quantile([0.25, 0.25, 0.25, 1.25], 0.95))
     assert values["data_wait"] == pytest.approx(0.2)
+    assert values["mfu"] == pytest.approx(64 * 2e9 / 0.5e12)
     assert 0.01 < values["memory_gb"] < 100
+    assert values["slowest_rank"] == values["slowest_lag_s"] == 0
     speed.reset()
     hand[0] += 1
     assert speed.values()["samples_per_s"] == 0
+
+
+def test_only_the_forward_passes_of_a_logged_step_are_timed(monkeypatch):
+    hand = [0.0]
+    monkeypatch.setattr(speed_module.time, "monotonic", lambda: hand[0])
+
+    class Slow(nn.Linear):
+        def forward(self, x):
+            hand[0] += 0.5
+            return super().forward(x)
+
+    model = Slow(2, 2)
+    forwards = Forwards(model)
+    speed = Speed(forwards=forwards)
+    model(torch.zeros(1, 2))
+    speed.next_is_logged(True)
+    model(torch.zeros(1, 2))
+    model(torch.zeros(1, 2))
+    assert forwards.seconds() == pytest.approx(1.0)
+    assert forwards.seconds() == 0
+
+
+def test_mfu_is_left_out_where_no_peak_is_known():
+    assert "mfu" not in Speed().values()
+    assert peak_tflops("cpu", "fp32") == 0
+    assert peak_tflops("cpu", "fp32", given=2.5) == 2.5
+
+
+def test_hyperparameters_stand_beside_the_final_metrics(tmp_path):
+    log = MetricsLog(tmp_path, 0, active=True)
+    log.summary({"seed": 3, "model": {"size": [2, 4], "name": None}}, {"loss": 1.5, "norm": math.nan})
+    log.picture(2, "pairs/0", np.zeros((4, 8, 3), np.uint8), "a note")
+    log.close()
+    events = EventAccumulator(str(tmp_path / "tb"))
+    events.Reload()
+    assert [e.value for e in events.Scalars("final/loss")] == [1.5]
+    assert "final/norm" not in events.Tags()["scalars"]
+    content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    assert b"model.size" in content
+    assert b"[2, 4]" in content
+    assert events.Images("pairs/0")[0].width == 8
 
 
 def test_the_terminal_line_names_losses_speed_and_time_left():
@@ -105,3 +155,5 @@ def test_the_terminal_line_names_losses_speed_and_time_left():
         "step 20/140 loss 1.2500 (contrastive 1.000 matching 0.500) lr 1.00e-03 norm 2.00 64.0 samples/s "
         "wait 20.0% 1.5 GB ETA 1:00"
     )
+    assert "64.0 samples/s MFU 41.0% wait" in line(20, 140, values | {"mfu": 0.41})
+    assert "1.5+70.2 GB" in line(20, 140, values | {"device_memory_gb": 70.2})

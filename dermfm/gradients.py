@@ -1,0 +1,108 @@
+"""The gradient's norm, in all and by part of the model, agreed over ranks before the optimizer step; steps discarded.
+
+DeepSpeed computes one norm a parameter group at stages 1 to 3, all-reduces it, and skips the step (and clears every
+gradient that it holds) where one is not finite. This listens to those norms, so they cost nothing more, and can ask for
+the same skip. At stage 0 there is no such place: norms are taken of the averaged gradients before clipping.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+INVALID = -1.0  # DeepSpeed's mark of a norm that is not finite
+BY_GROUP = ("get_grad_norm_direct", "complete_grad_norm_calculation_for_cpu_offload")
+
+
+@dataclass(frozen=True)
+class Update:
+    """What became of a step: gradient norm before clipping, also by part; whether the weights were changed."""
+
+    norm: float
+    parts: dict[str, float]
+    applied: bool
+
+    def named(self) -> dict[str, float]:
+        """As scalars of a log row."""
+        return {"grad_norm": self.norm, **{f"grad_norm/{part}": norm for part, norm in self.parts.items()}}
+
+
+class Gradients:
+    """The gradients of a DeepSpeed engine. Make one, once, before the first step."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine, self._discard = engine, False
+        self._norms: list[Tensor] = []
+        optimizer = engine.optimizer
+        if hasattr(optimizer, BY_GROUP[0]):
+            for name in BY_GROUP:
+                setattr(optimizer, name, self._listen(getattr(optimizer, name)))
+        else:
+            engine.allreduce_gradients = self._after(engine.allreduce_gradients)
+            optimizer.step = self._unless_bad(optimizer.step)
+
+    def step(self, discard: bool = False) -> Update:
+        """The optimizer step; none where `discard` or where the norm is not finite. Clears gradients. Collective."""
+        self._discard, self._norms = discard, []
+        scale = float(getattr(self._engine.optimizer, "loss_scale", 1.0) or 1.0)
+        self._engine.step()
+        norms = torch.stack([n.detach().float().reshape(()) for n in self._norms]).tolist() if self._norms else []
+        squares: dict[str, float] = {}
+        for part, norm in zip(self._parts(), norms, strict=False):
+            value = math.nan if norm < 0 else norm / scale
+            squares[part] = squares.get(part, 0.0) + value * value
+        parts = {part: math.sqrt(value) for part, value in squares.items()}
+        total = math.sqrt(sum(squares.values())) if squares else self._told_norm()
+        return Update(total, parts, not self._is_bad(norms) and bool(self._engine.was_step_applied()))
+
+    def _told_norm(self) -> float:
+        norm = self._engine.get_global_grad_norm()
+        return math.nan if norm is None else float(norm)
+
+    def _is_bad(self, norms: list[float]) -> bool:
+        return self._discard or not all(math.isfinite(n) and n >= 0 for n in norms)
+
+    def _parts(self) -> list[str]:
+        """The part of the model that each norm belongs to, in the order in which they come."""
+        optimizer = self._engine.optimizer
+        groups = [part_of(group) for group in optimizer.param_groups]
+        of_norm = getattr(optimizer, "sub_group_to_group_id", None)  # stage 3 cuts groups into pieces
+        return [groups[of_norm[i]] for i in range(len(of_norm))] if of_norm else groups
+
+    def _listen(self, norm_of: Callable[..., Any]) -> Callable[..., Any]:
+        def norm(*arguments: Any, **named: Any) -> Any:
+            found = norm_of(*arguments, **named)
+            found = found if isinstance(found, Tensor) else torch.tensor(float(found))
+            self._norms.append(found)
+            return torch.full_like(found, INVALID) if self._discard else found
+
+        return norm
+
+    def _after(self, reduce: Callable[..., Any]) -> Callable[..., Any]:
+        def reduced(*arguments: Any, **named: Any) -> None:
+            reduce(*arguments, **named)
+            for group in self._engine.optimizer.param_groups:
+                own = [p.grad for p in group["params"] if p.grad is not None]
+                if own:
+                    self._norms.append(
+                        torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in own]))
+                    )
+
+        return reduced
+
+    def _unless_bad(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        def stepped(*arguments: Any, **named: Any) -> Any:
+            return None if self._is_bad([float(n) for n in self._norms]) else step(*arguments, **named)
+
+        return stepped
+
+
+def part_of(group: dict[str, Any]) -> str:
+    """The part of the model whose parameters a group holds: its key `part`, else the start of its name."""
+    name = str(group.get("part") or group.get("name", "all"))
+    return name.split(".")[0].split("_no_decay")[0]

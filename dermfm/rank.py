@@ -1,0 +1,79 @@
+"""One rank of a training job: from its start to its exit code, and the one line that tells why it failed."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+from pathlib import Path
+
+from cluster.preemption import StopFlag
+from cluster.process import Process, close_group, default_threads, meet, start_group
+from cluster.watchdog import Watch
+from dermfm.border import RunError, is_bad_input
+from dermfm.plan import TrainConfig
+from dermfm.resume import resume_source
+from dermfm.run import take_lock
+
+FAILED, BAD_INPUT = 1, 2
+_log = logging.getLogger(__name__)
+
+
+def run_rank(config: TrainConfig, process: Process) -> int:
+    """Train as one rank; the exit code. Raises what this rank is the first to fail with; the others end quietly.
+
+    The rank meets the others at the job's store first: from then on each hears of any failure, also of one that comes
+    before the process group, in which the first rank decides where to go on.
+    """
+    stop = StopFlag().install()
+    log = Path(config.run) / "log" / f"rank{process.rank}.log"
+    watch = Watch(process, meet(process, "watch"), log, config.stall_s, config.stall_end_s)
+    try:
+        code = _train(config, process, stop, watch, log)
+        watch.close()
+        close_group()
+    except BaseException as error:
+        return _fail(error, process, watch)
+    return code
+
+
+def _train(config: TrainConfig, process: Process, stop: StopFlag, watch: Watch, log: Path) -> int:
+    import torch
+
+    from dermfm.train import train
+
+    torch.set_num_threads(default_threads(config.threads, process.local_world))
+    with take_lock(Path(config.run)) if process.is_first else contextlib.nullcontext():
+        write_logs(log, process)
+        source = resume_source(config, process, watch)
+        start_group(process)
+        return train(config, process, source, stop, watch)
+
+
+def _fail(error: BaseException, process: Process, watch: Watch) -> int:
+    """Tell the other ranks, and the user once. The exit code, or the error itself where it is this rank's to raise."""
+    bad_input = is_bad_input(error)
+    told = None if bad_input or isinstance(error, RunError) else error
+    _log.error("failed: %s", error, exc_info=told, extra={"quiet": True})
+    by_all = isinstance(error, RunError) or getattr(error, "agreed", False)
+    theirs = watch.failed(error, BAD_INPUT if bad_input else FAILED, by_all)
+    if theirs is not None:
+        return theirs
+    if isinstance(error, RunError):
+        if process.is_first:
+            print(f"dermfm train: {error}", file=sys.stderr)
+        return FAILED
+    raise error
+
+
+def write_logs(log: Path, process: Process) -> None:
+    """Log to the terminal (of the other ranks only warnings) and to <run>/log/rank<N>.log."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    terminal = logging.StreamHandler(sys.stdout)
+    terminal.setLevel(logging.INFO if process.is_first else logging.WARNING)
+    terminal.setFormatter(logging.Formatter("%(message)s" if process.is_first else f"rank {process.rank}: %(message)s"))
+    # Python prints a traceback once, on its way out; what is `quiet` is for the file alone.
+    terminal.addFilter(lambda entry: entry.exc_info is None and not getattr(entry, "quiet", False))
+    file = logging.FileHandler(log)
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[terminal, file])

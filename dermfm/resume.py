@@ -1,0 +1,159 @@
+"""Where a run goes on: decided once, by the first rank, before any process group exists."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from cluster.process import Process
+from cluster.watchdog import Unwatched
+from dermfm import checkpoint, run
+from dermfm.checkpoint import Source, State
+from dermfm.config import InputError, to_dict
+from dermfm.model.dermfm import ModelConfig
+from dermfm.plan import TrainConfig, check_notes, plan
+from dermfm.samples import balanced_weights
+from dermfm.storage import remote
+from shards.manifest import Manifest
+from shards.order import SampleOrder
+from shards.reader import ShardReader
+
+# How the model computes, not what it is.
+NO_SHAPE = (
+    "model.text.cache_mb",
+    "model.text.kernel",
+    "model.text.packed",
+    "model.image.kernel",
+    "model.fusion.kernel",
+    "model.decoder.kernel",
+)
+DECISION_TIMEOUT_S = 4 * 3600.0  # a large checkpoint is hashed and converted within
+LEAST_FREE = 1e9  # bytes of disk without which nothing is started
+
+
+def open_data(config: TrainConfig, manifest: Manifest) -> tuple[SampleOrder, ShardReader]:
+    """The order of the run's samples and the reader of its shards."""
+    shards = manifest.split(config.split)
+    reader = ShardReader(manifest.folder, shards, manifest.remote)
+    check_notes(config, manifest)
+    weights = None
+    if config.balance:
+        weights = balanced_weights(manifest.read_rows(config.split)["label"], config.balance)
+    return SampleOrder(reader.shard_sizes, config.seed, config.num_lanes, config.window, weights), reader
+
+
+def identity_of(config: TrainConfig, manifest: Manifest, order: SampleOrder) -> dict[str, Any]:
+    """What must not change between a run and its resumption: data order, batch, model shape."""
+    shape = _flat(to_dict(config.model), "model")
+    return {
+        "shards": manifest.fingerprint,
+        "contrastive_batch": config.contrastive_batch,
+        "balance": config.balance,
+        "strategies": dict(config.strategies),
+        **{name: value for name, value in shape.items() if name not in NO_SHAPE},
+        "num_lanes": order.num_lanes,
+        "window": order.window,
+        "seed": config.seed,
+    }
+
+
+def _flat(values: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """Nested dictionaries as one with dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}.{name}") if isinstance(value, dict) else {f"{prefix}.{name}": value}
+    return flat
+
+
+def resume_source(config: TrainConfig, process: Process, watch: Unwatched) -> Source | None:
+    """The checkpoint that this run goes on from, readable at this world size, or None; the same on every rank.
+
+    The first rank checks the inputs, hashes and converts, and writes the run's record; the others are told. InputError
+    where an input or the run directory cannot be used, an identity key differs, or all checkpoints are damaged.
+    """
+    told = watch.first_decides("resume", lambda: _decide(config, process.world), DECISION_TIMEOUT_S)
+    if told is None:
+        return None
+    return Source(Path(told["checkpoint"]), State(**told["state"]), Path(told["folder"]))
+
+
+def _decide(config: TrainConfig, world: int) -> dict[str, Any] | None:
+    prepare(config)
+    found = choose(config)
+    source = None
+    if found is not None:
+        manifest = Manifest.load(config.shards, remote(config.cache))
+        identity = identity_of(config, manifest, open_data(config, manifest)[0])
+        state = checkpoint.read_state(found)
+        # A key of the model that the run's version did not have yet was what its default is now.
+        known = {n: v for n, v in _flat(to_dict(ModelConfig()), "model").items() if n not in NO_SHAPE}
+        run.check_identity(known | state.identity, identity, list(config.allow_change), Path(config.run))
+        source = checkpoint.source_for(found, world, config.zero.stage)
+    run.record(Path(config.run), config)  # only now: a refused resume leaves the run's record as it was
+    if source is None:
+        return None
+    return {"checkpoint": str(source.checkpoint), "folder": str(source.folder), "state": asdict(source.state)}
+
+
+def choose(config: TrainConfig) -> Path | None:
+    """The checkpoint to go on from: the run's newest; one named by `resume=` until the run has one that came of it.
+
+    So a job that is requeued with its `resume=` goes on instead of back. InputError if all of the run's are damaged.
+    """
+    folder = Path(config.run) / "ckpt"
+    if config.resume:
+        steps = checkpoint.complete_steps(folder)
+        came_of_it = [s for s in steps if _origin(folder / checkpoint.step_name(s)) == origin_of(config)]
+        if not came_of_it or came_of_it[-1] != steps[-1]:
+            return checkpoint.find(config.resume)
+    found = checkpoint.newest(folder)
+    if found is None and (steps := checkpoint.complete_steps(folder)):
+        raise InputError(f"{folder}: all {len(steps)} checkpoints are damaged; remove them to begin anew")
+    return found
+
+
+def origin_of(config: TrainConfig) -> str:
+    """What a checkpoint remembers of a `resume=`; the same one with other samples left out is another start."""
+    if not config.resume:
+        return ""
+    without = f" without {list(config.skip_samples)}" if config.skip_samples else ""
+    return f"{Path(config.resume).resolve()}{without}"
+
+
+def _origin(found: Path) -> str | None:
+    try:
+        return checkpoint.read_state(found).origin
+    except InputError:
+        return None
+
+
+def is_done(config: TrainConfig, world: int) -> bool:
+    """Whether the run's newest checkpoint is its last one."""
+    folder = Path(config.run) / "ckpt"
+    steps = checkpoint.complete_steps(folder)
+    if not steps or steps[-1] < plan(config, Manifest.load(config.shards, remote(config.cache)), world).total_steps:
+        return False
+    newest = folder / checkpoint.step_name(steps[-1])
+    if config.resume and _origin(newest) != origin_of(config):
+        return False
+    return checkpoint.damage(newest) is None
+
+
+def prepare(config: TrainConfig) -> None:
+    """Check inputs, the run directory and its disk. InputError names what cannot be used."""
+    manifest = Manifest.load(config.shards, remote(config.cache))
+    check_notes(config, manifest)
+    manifest.split(config.split)
+    folder = Path(config.run)
+    probe = folder / ".writable"
+    try:
+        (folder / "ckpt").mkdir(parents=True, exist_ok=True)
+        probe.write_text("")  # what permissions say is not all: quotas, read-only mounts
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"run: {folder} cannot be written ({error.strerror}); give another run=") from error
+    free = shutil.disk_usage(folder).free
+    if free < LEAST_FREE:
+        raise InputError(f"run: {folder} has {free / 1e9:.1f} GB free; a run needs at least {LEAST_FREE / 1e9:.0f}")
