@@ -83,6 +83,7 @@ class Watch(Unwatched):
         self._phase_began = self._border = time.monotonic()
         self._peers = {r: _Beat(heard=time.monotonic()) for r in self._watched()}
         self._dumped, self._decisions = False, 0
+        self._found: dict[str, Any] | None = None  # another rank's failure
         self._leaving, self._told = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
@@ -104,10 +105,14 @@ class Watch(Unwatched):
         text = " ".join(str(error).split())
         reason = f": {text}" if code == 2 else f" failed {where}: {type(error).__name__}: {text}"
         reason = text if agreed else f"rank {self._process.rank}{reason}"
-        try:
-            found = self._post(reason, code)
-            self._await_hearers()
-        except RuntimeError:
+        found = self._found  # heard before: the rank that holds the store may have left since
+        if found is None:
+            try:
+                found = self._post(reason, code)
+                self._await_hearers()
+            except RuntimeError:
+                found = self._found
+        if found is None:
             return None  # the store is gone: nobody can be told, and nobody has told us
         if self._process.world > 1:  # leaving a group whose peers hang can hang itself
             last = threading.Timer(LEAVE_S, lambda: os._exit(code))
@@ -244,6 +249,7 @@ class Watch(Unwatched):
 
     def _end(self, found: dict[str, Any]) -> None:
         """Another rank has failed: tell, let the main thread go by itself for a while, then end this process."""
+        self._found = found
         with contextlib.suppress(RuntimeError):
             self._await_hearers()
         if self._leaving.wait(GRACE_S):

@@ -10,7 +10,8 @@ bytes an element (fp32: 4, bf16 and fp16: 2):
 
 The 12 bytes are AdamW's two moments and a float32 copy of the parameters. DeepSpeed keeps that copy at stages 1 to 3 in
 fp32 as well, where it equals the parameters. At stage 0, K is 12 in bf16 and fp16, and 8 in fp32 (no copy). Frozen
-parameters cost p bytes each, at stage 3 p / N, and nothing else.
+parameters cost p bytes each, at stage 3 p / N, and nothing else. At stage 3 DeepSpeed also keeps tensors below 100,000
+elements whole, which matters for small models only.
 """
 
 from __future__ import annotations

@@ -91,6 +91,9 @@ def deepspeed_json(
         "steps_per_print": sys.maxsize,
         "wall_clock_breakdown": False,
     }
+    if config.precision != "fp32":
+        # DeepSpeed casts parameters only: pixels, normalised by float32 buffers, would not fit the weights.
+        plain["data_types"] = {"buffer_dtype": config.precision}
     return merge(plain, config.extra)
 
 

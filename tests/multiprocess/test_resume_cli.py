@@ -19,6 +19,7 @@ from dermfm import checkpoint
 from dermfm.metrics import read_rows
 from dermfm.run import take_lock
 from launch.cli import main
+from shards.manifest import Manifest, write_manifest
 
 pytestmark = pytest.mark.timeout(240)
 STOPPED = 4
@@ -114,7 +115,7 @@ def test_a_batch_that_the_ranks_cannot_share_is_bad_input_with_the_legal_neighbo
 
 
 def test_a_micro_batch_that_does_not_divide_is_bad_input_with_the_legal_ones(stopped, capsys):
-    assert "[1, 2, 4, 8]" in refusal(capsys, str(stopped[0]), "micro_batch=3")
+    assert "3 does not divide the 8 samples of a rank; 2 and 4 do" in refusal(capsys, str(stopped[0]), "micro_batch=3")
 
 
 def test_a_run_directory_in_use_is_bad_input(stopped, capsys):
@@ -133,12 +134,8 @@ def test_shards_of_another_data_set_are_bad_input_that_names_them(stopped, capsy
     values = json.loads(config.read_text())
     other = tmp_path / "other"
     shutil.copytree(values["shards"], other)
-    manifest = json.loads((other / "manifest.json").read_text())
-    manifest["shards"] = [s for s in manifest["shards"] if s["split"] != "valid"]
-    from shards.manifest import ShardInfo, write_manifest
-
-    infos = [ShardInfo(**s) for s in manifest["shards"]]
-    write_manifest(other, infos, manifest["about"])
+    manifest = Manifest.load(other)
+    write_manifest(other, manifest.split("train"), manifest.about)
     assert "'shards' is " in refusal(capsys, str(config), f"shards={other}")
 
 
