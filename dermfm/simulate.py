@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 from dermfm.config import InputError
 from dermfm.model.dermfm import DermFM, ModelConfig
 from dermfm.model.text import encoder_folder
-from dermfm.objectives import ObjectiveConfig
+from dermfm.objectives import OBJECTIVES, ObjectiveConfig
 from dermfm.samples import Batch
 from dermfm.step import optimizer_step
 
@@ -276,7 +276,7 @@ def _is_cached(name: str) -> bool:
 
 def _stand_in(name: str, folder: Path) -> str:
     """A folder with the configuration of a known encoder and a tokenizer of as many words."""
-    from tokenizers import Tokenizer, models
+    from tokenizers import Tokenizer, models, processors
     from transformers import BertConfig, PreTrainedTokenizerFast
 
     if name not in BERT_BASE:
@@ -289,6 +289,7 @@ def _stand_in(name: str, folder: Path) -> str:
     BertConfig(vocab_size=len(words)).save_pretrained(folder)
     names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), special, strict=True))
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", words["[SEP]"]), ("[CLS]", words["[CLS]"]))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
     return str(folder)
 
@@ -306,7 +307,7 @@ class OnlyFeatures(nn.Module):
         first = next(iter(inputs.values()))
         row = self.row.expand(first.shape[0], -1)
         out = {"tokens": row[:, None, :1], "embedding": row * 1, "logits": row[:, :2], "match": row[:, 0]}
-        return {**out, "logit_scale": self.scale * 1} if phase == "text" else out
+        return {**out, "logit_scale": self.scale * 1, "logit_bias": self.scale * 1} if phase == "text" else out
 
 
 def trace_contrast(objectives: ObjectiveConfig, rows: int, embed_dim: int) -> float:
@@ -315,7 +316,7 @@ def trace_contrast(objectives: ObjectiveConfig, rows: int, embed_dim: int) -> fl
     Traced for two sizes of at most `LARGEST_CONTRAST` rows; beyond, similarities grow as rows × columns, so as B² / N,
     and gathered features as columns, so as B.
     """
-    if not (objectives.contrastive or objectives.matching):
+    if not objectives.compares:
         return 0.0
     if rows <= LARGEST_CONTRAST:
         return float(_contrast_peak(objectives, rows, embed_dim))
@@ -326,7 +327,8 @@ def trace_contrast(objectives: ObjectiveConfig, rows: int, embed_dim: int) -> fl
 
 
 def _contrast_peak(objectives: ObjectiveConfig, rows: int, embed_dim: int) -> int:
-    only = dataclasses.replace(objectives, classify_image=0.0, classify_text=0.0, classify_fused=0.0)
+    others = [name for name in objectives.active if "batch" not in OBJECTIVES[name].needs]
+    only = dataclasses.replace(objectives, **dict.fromkeys(others, 0.0))
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = OnlyFeatures(embed_dim)
     return trace_step(model, only, rows, rows, tokens=1, size=1).peak
