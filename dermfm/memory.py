@@ -97,7 +97,8 @@ def states(trainable: int, frozen: int, how: Sharding) -> States:
 
 def bucket_elements(trainable: int) -> int:
     """Elements a communication bucket by model size: a tenth of what learns, within 5 to 200 million, at most all."""
-    return max(min(max(trainable // 10, 5_000_000), 200_000_000, trainable), 1000)
+    elements = max(min(max(trainable // 10, 5_000_000), 200_000_000, trainable), 1000)
+    return elements + elements % 2  # DeepSpeed takes even ones only
 
 
 def live_elements(total: int) -> int:

@@ -40,7 +40,13 @@ def test_an_offloaded_optimizer_leaves_the_device_and_fills_the_host():
 
 @pytest.mark.parametrize(
     ("learning", "elements"),
-    [(1_000_000, 1_000_000), (20_000_000, 5_000_000), (200_000_000, 20_000_000), (10 * BILLION, 200_000_000)],
+    [
+        (1_000_000, 1_000_000),
+        (1_000_001, 1_000_002),
+        (20_000_000, 5_000_000),
+        (200_000_000, 20_000_000),
+        (10 * BILLION, 200_000_000),
+    ],
 )
 def test_a_bucket_follows_the_size_of_the_model(learning, elements):
     assert memory.bucket_elements(learning) == elements
