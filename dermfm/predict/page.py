@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from importlib import resources
 from typing import Any
 
@@ -42,11 +41,8 @@ def render(model: Exported, answers: list[Answer], title: str) -> str:
 
 
 def report_style() -> str:
-    """The style sheet of the report's page: one look for both."""
-    page = resources.files("dermfm.report").joinpath("page.html").read_text(encoding="utf-8")
-    found = re.search(r"<style>(.*?)</style>", page, re.DOTALL)
-    assert found is not None
-    return found.group(1)
+    """The style sheet of the report's pages: one look for all."""
+    return resources.files("dermfm.report").joinpath("style.html").read_text(encoding="utf-8")
 
 
 def _shown(answer: Answer, number: int) -> dict[str, Any]:
