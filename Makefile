@@ -33,7 +33,7 @@ check: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q -n auto tests/unit
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto tests/unit
 
 test: check
 	$(BIN)/python -m pytest -q --ignore=tests/unit -m "not soak"
