@@ -59,8 +59,12 @@ def shared_images() -> list[str]:
 
 
 def bare(paths: Sequence[str], folder: str) -> int:
-    """Read, decode, cut the centre square, resize, encode, write: nothing else."""
+    """Read, decode, cut the centre square, resize, encode, write: nothing else.
+
+    Every picture gets a new file, as in our job: overwriting one makes some file systems write it out at once.
+    """
     cv2.setNumThreads(1)
+    folder = tempfile.mkdtemp(dir=folder)
     for i, path in enumerate(paths):
         with open(path, "rb") as file:
             data = file.read()
@@ -70,7 +74,7 @@ def bare(paths: Sequence[str], folder: str) -> int:
         top, left = (height - side) // 2, (width - side) // 2
         square = pixels[top : top + side, left : left + side]
         small = cv2.resize(square, (SIZE, SIZE), interpolation=cv2.INTER_AREA)
-        with open(f"{folder}/{os.getpid()}-{i}.jpg", "wb") as file:
+        with open(f"{folder}/{i}.jpg", "wb") as file:
             file.write(simplejpeg.encode_jpeg(small, QUALITY, "RGB", "444", False))
     return len(paths)
 

@@ -14,7 +14,7 @@ from dermfm.records.measure.shape import asymmetry, irregularity, relative_size
 from dermfm.records.measure.skin import band, fitzpatrick, skin_angle
 from dermfm.records.measure.texture import texture
 
-VERSION = 1  # raise it when a measure changes: older values are measured again
+VERSION = 2  # raise it when a measure changes: older values are measured again
 ASYMMETRIC = 0.13  # from which a lesion is called asymmetric
 SHARP, INDISTINCT = 0.55, 0.4  # sharpness above and below which a border is called so; between: mixed
 MIN_CONFIDENCE = 0.15  # of the mask, below which the lesion counts as not found and nothing of it is told

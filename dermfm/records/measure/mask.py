@@ -15,15 +15,18 @@ import cv2
 import numpy as np
 
 from dermfm.records.measure.border import sharpest_edge
+from dermfm.records.measure.contour import refined
 from dermfm.records.measure.hair import hair_mask, remove_hair
 
 WORKING_SIDE = 224  # the longer side is reduced to it
+SEARCH_SIDE = 112  # and for the search
 RING = 0.1  # width of the border ring that first stands for skin, of the shorter side
 BLACK = 26  # brightest channel of a pixel of the black surround
 NOISE = 2.0  # CIELAB units added to the skin's own spread
 SMOOTH = 0.012  # deviation of the smoothing, of the shorter side
 ROUNDS = 3
-CERTAIN = 2.5
+CERTAIN, OUTLINE_CERTAIN = 2.5, 4.0  # deviations from skin that count one half, for finding and for outlining
+OUTLINE_SMOOTH = 0.006  # deviation of the smoothing before outlining, of the shorter side
 AREA_POWER = 0.2
 LEVELS = (0.3, 0.4, 0.5, 0.6, 0.7)
 MIN_AREA, MAX_AREA = 0.002, 0.9
@@ -66,15 +69,33 @@ def working_size(pixels: np.ndarray) -> np.ndarray:
 def find_lesion(pixels: np.ndarray) -> LesionMask:
     """The lesion of RGB uint8 [H, W, 3]; an empty mask with confidence 0 where nothing stands out.
 
-    Otsu's threshold (Otsu 1979, IEEE Trans SMC 9:62) on the smoothed logarithm of the Mahalanobis distance from skin;
-    the skin is fitted again without the lesion, ROUNDS times.
+    It is searched for in a reduced picture, and its outline drawn anew at the working size.
     """
     pixels = working_size(pixels)
     hair = hair_mask(pixels)
     clean = remove_hair(pixels, hair)
     valid = inside_frame(clean)
     lab = to_lab(clean)
-    smooth = cv2.GaussianBlur(lab, (0, 0), max(0.8, SMOOTH * min(lab.shape[:2])))
+    mask, skin, outside, score = _search(lab, valid)
+    fine = cv2.GaussianBlur(lab, (0, 0), max(0.6, OUTLINE_SMOOTH * min(lab.shape[:2])))
+    unlike = unlikeness(skin_distance(fine, skin, outside), OUTLINE_CERTAIN)
+    mask = refined(_above(unlike, outside), mask, valid & ~hair)
+    edge = sharpest_edge(to_lab(pixels)[..., 0])
+    return LesionMask(clean, lab, mask, valid & ~hair, skin, skin_distance(lab, skin, outside), edge, score)
+
+
+def _search(lab: np.ndarray, valid: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+    """(mask, skin surface, what is surely skin, score) at the size of `lab`, found at SEARCH_SIDE.
+
+    Otsu's threshold (Otsu 1979, IEEE Trans SMC 9:62) and others on the Mahalanobis distance from skin; the skin is
+    fitted again without the lesion, ROUNDS times.
+    """
+    height, width = valid.shape
+    scale = min(1.0, SEARCH_SIDE / max(height, width))
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    small = cv2.resize(lab, size, interpolation=cv2.INTER_AREA)
+    valid = cv2.resize(valid.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST) > 0
+    smooth = cv2.GaussianBlur(small, (0, 0), max(0.6, SMOOTH * min(size)))
     outside = border_ring(valid)
     mask, score = np.zeros_like(valid), 0.0
     for turn in range(ROUNDS):
@@ -84,14 +105,23 @@ def find_lesion(pixels: np.ndarray) -> LesionMask:
         outside = valid & ~_grown(mask, 0.06)
         if outside.sum() < 0.02 * outside.size:
             outside = border_ring(valid) & ~mask
-    edge = sharpest_edge(to_lab(pixels)[..., 0])
-    return LesionMask(clean, lab, mask, valid & ~hair, skin, skin_distance(lab, skin, outside), edge, score)
+    grown, skin, around = (
+        cv2.resize(part.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR)
+        for part in (mask, skin, outside)
+    )
+    return grown > 0.5, skin, around > 0.5, score
 
 
-def unlikeness(distance: np.ndarray) -> np.ndarray:
-    """Distance from skin squeezed into 0…1, one half at CERTAIN deviations: a black core counts little more than a
+def unlikeness(distance: np.ndarray, half: float = CERTAIN) -> np.ndarray:
+    """Distance from skin squeezed into 0…1, one half at `half` deviations: a black core counts little more than a
     brown rim."""
-    return distance**2 / (distance**2 + CERTAIN**2)
+    return distance**2 / (distance**2 + half**2)
+
+
+def _above(unlike: np.ndarray, outside: np.ndarray) -> np.ndarray:
+    """Unlikeness less that of usual skin, 0…1; float32."""
+    floor = float(np.median(unlike[outside])) if outside.any() else 0.0
+    return np.clip((unlike - floor) / (1 - floor), 0, 1).astype(np.float32)
 
 
 def best_piece(distance: np.ndarray, valid: np.ndarray, shares: Sequence[float]) -> tuple[np.ndarray, float]:

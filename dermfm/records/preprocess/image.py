@@ -14,7 +14,7 @@ from dermfm.records.preprocess.config import PreprocessConfig
 from dermfm.records.preprocess.crop import Box, centre_square, frame_box, padded_square, without_margin
 from dermfm.records.preprocess.decode import Decoded, decode
 
-VERSION = 1  # raise it when the same settings give other bytes: older images are written again
+VERSION = 2  # raise it when the same settings give other bytes: older images are written again
 FRAMED = "images with a black frame or round view, cut"
 HAIRY = "images with hair removed"
 SMALL = "images smaller than preprocess.size, not enlarged"
