@@ -35,6 +35,11 @@ def schema(call: Call) -> type[EvaluateConfig]:
     return EvaluateConfig
 
 
+def check(config: EvaluateConfig, _: int) -> None:
+    """What the job would refuse at its start, for `submit`."""
+    make_plan(config)
+
+
 def run(config: EvaluateConfig, call: Call) -> int:
     """Start the ranks where no launcher did, or be one of them."""
     plan = make_plan(config)

@@ -26,6 +26,11 @@ def schema(call: Any) -> type:
     return NotesConfig
 
 
+def check(config: NotesConfig, _: int) -> None:
+    """What the job would refuse at its start, for `submit`."""
+    plan_notes(config)
+
+
 def run(config: NotesConfig, call: Any) -> int:
     """Make the missing notes: 0 done, 1 too many failed. In an allocation, all tasks but the first offer Ray a node."""
     if config.address == allocation.ADDRESS and not allocation.is_head() and not call.dry_run:

@@ -23,6 +23,11 @@ def schema(_: object) -> type:
     return TrainConfig
 
 
+def check(config: TrainConfig, world: int) -> None:
+    """What a run of `world` ranks would refuse at its start, for `submit`."""
+    describe(config, world)
+
+
 def run(config: TrainConfig, call: object) -> int:
     """Start the ranks where no launcher did, or be one of them."""
     launched = is_launched()

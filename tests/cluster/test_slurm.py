@@ -132,7 +132,7 @@ def steps(run: Path) -> list[dict[str, Any]]:
 
 def weights(run: Path) -> dict[str, np.ndarray]:
     name = (run / "ckpt" / "latest").read_text().strip()
-    return {k: v.numpy() for k, v in consolidated_weights(run / "ckpt", name).items()}
+    return {k: v.detach().numpy() for k, v in consolidated_weights(run / "ckpt", name).items()}
 
 
 @pytest.fixture(scope="module")
