@@ -74,7 +74,12 @@ def serve() -> int:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, lambda *_: None)
     host, port = _head_host(), _port()
-    with _ring(host, port + 1) as bell:
+    try:
+        bell = _ring(host, port + 1)
+    except RayError as error:  # it had nothing to do, or failed: its exit code tells
+        print(error, flush=True)
+        return 0
+    with bell:
         ray = RayNode([f"--address={host}:{port}", f"--node-ip-address={_own_address(bell)}"])
         try:
             bell.settimeout(POLL_S)

@@ -39,11 +39,11 @@ def follow(address: str, job_id: str) -> int:
 
 
 def state(address: str, job_id: str) -> dict[str, str]:
-    """state, reason and last log line of a job, {} where the cluster does not know it."""
+    """state, reason and last log line of a job, {} where the cluster does not know it; RayJobError if unreachable."""
+    client = _client(address)
     try:
-        client = _client(address)
         info = client.get_job_info(job_id)
-    except (RayJobError, RuntimeError):
+    except RuntimeError:
         return {}
     log = client.get_job_logs(job_id).strip().splitlines()
     return {"state": info.status.value, "reason": info.message or "", "last": log[-1] if log else ""}

@@ -41,10 +41,10 @@ def render(template: str, directives: Mapping[str, str | None], lines: Sequence[
 
 
 def quoted(value: str) -> str:
-    """A directive's value that sbatch reads as it is: quoted, with `%` doubled; SlurmError for a line break."""
+    """A directive's value that sbatch reads as it is: quoted; SlurmError for a line break."""
     if "\n" in value or "\r" in value:
         raise SlurmError(f"'{value!r}' holds a line break, which a batch script cannot; give another name or path")
-    return '"' + value.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%") + '"'
+    return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def submit(script: Path, after: int | None = None) -> int:
@@ -64,15 +64,19 @@ def check(script: Path) -> str:
 
 
 def job(job_id: int) -> dict[str, str]:
-    """state, reason, restarts, nodes and run_time of a job, {} once SLURM has forgotten it. An array's first task."""
+    """state, reason, restarts, nodes and run_time of a job, {} once SLURM has forgotten it.
+
+    Of an array, those of the first task that has not ended well, or else of its first task.
+    """
     try:
         shown = _call("scontrol", "show", "job", "--oneliner", str(job_id))
     except SlurmError as error:
         if "Invalid job id" in str(error):
             return {}
         raise
-    pairs = re.findall(r"(\w+)=(\S*)", shown.splitlines()[0])
-    return {FIELDS[name]: value for name, value in pairs if name in FIELDS}
+    rows = [dict(re.findall(r"(\w+)=(\S*)", line)) for line in shown.splitlines() if line.strip()]
+    tasks = [{FIELDS[name]: value for name, value in row.items() if name in FIELDS} for row in rows]
+    return next((task for task in tasks if task.get("state") != "COMPLETED"), tasks[0] if tasks else {})
 
 
 def cancel(job_id: int) -> None:
@@ -85,10 +89,13 @@ def settings() -> dict[str, str]:
     return {m[1]: m[2].strip() for m in re.finditer(r"^(\w+)\s*=(.*)$", _call("scontrol", "show", "config"), re.M)}
 
 
-def partitions() -> dict[str, str]:
-    """Partition → the GPUs of its nodes as SLURM writes them ("gpu:8", "(null)" for none)."""
-    rows = _call("sinfo", "--noheader", "--format=%R %G").splitlines()
-    return dict(row.split(maxsplit=1) for row in rows)
+def partitions() -> dict[str, int]:
+    """Partition → the most GPUs that a node of it has."""
+    found: dict[str, int] = {}
+    for row in _call("sinfo", "--noheader", "--format=%R %G").splitlines():  # one a partition and kind of node
+        name, gres = row.split(maxsplit=1)
+        found[name] = max(found.get(name, 0), _num_gpus(gres))
+    return found
 
 
 def check_site(partition: str | None, gpus: int, array: int) -> None:
@@ -97,7 +104,7 @@ def check_site(partition: str | None, gpus: int, array: int) -> None:
     if partition is not None and partition not in known:
         near = difflib.get_close_matches(partition, known, n=1) or sorted(known)
         raise SlurmError(f"partition: '{partition}' does not exist here; it may be {' or '.join(near)}")
-    has = max((_num_gpus(gres) for name, gres in known.items() if partition in (None, name)), default=0)
+    has = max((num for name, num in known.items() if partition in (None, name)), default=0)
     if gpus > has:
         where = f"partition '{partition}'" if partition else "any partition"
         raise SlurmError(

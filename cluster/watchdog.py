@@ -82,7 +82,7 @@ class Watch(Unwatched):
         self._beat = _Beat()
         self._phase_began = self._border = time.monotonic()
         self._peers = {r: _Beat(heard=time.monotonic()) for r in self._watched()}
-        self._dumped, self._decisions = False, 0
+        self._dumped, self._decisions, self._deciding = False, 0, False
         self._found: dict[str, Any] | None = None  # another rank's failure
         self._leaving, self._told = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -126,7 +126,13 @@ class Watch(Unwatched):
     def first_decides(self, name: str, decide: Callable[[], Any], timeout_s: float) -> Any:
         """See Unwatched. Needs no process group; what is decided travels as JSON, an error as a failure."""
         self._decisions += 1  # every rank asks in the same order
-        name = f"{name}/{self._decisions}"
+        self._deciding = True
+        try:
+            return self._decided(f"{name}/{self._decisions}", decide, timeout_s)
+        finally:
+            self._deciding = False
+
+    def _decided(self, name: str, decide: Callable[[], Any], timeout_s: float) -> Any:
         if self._process.is_first:
             value = decide()
             self._store.set(f"decided/{name}", json.dumps(value))
@@ -218,6 +224,8 @@ class Watch(Unwatched):
                 self._post(f"rank {rank} is gone: no sign of life for {LOST_S:.0f} s, {last}", FAILED, rank)
 
     def _look_for_stall(self) -> None:
+        if self._deciding:  # hashing and converting a checkpoint has a time limit of its own
+            self._border = time.monotonic()
         age = time.monotonic() - self._border
         if age > self._stall_s and not self._dumped:
             self._dumped = True

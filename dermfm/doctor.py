@@ -30,6 +30,7 @@ from cluster.ray import RayError, join
 from dermfm import zero
 from dermfm.config import check_range, key
 from dermfm.model.attention import attention
+from shards.manifest import Manifest
 
 GREEN, YELLOW, RED = "green", "yellow", "red"
 MESSAGE_BYTES = 64_000_000  # of the all-reduce whose bandwidth is told
@@ -246,6 +247,8 @@ def shards(config: DoctorConfig) -> str:
     """Speed of reading the first tars."""
     if config.shards is None:
         return "not asked for (shards=)"
+    if "://" in config.shards:
+        return f"{config.shards}: {len(Manifest.load(config.shards).shards)} tars answer"
     files = sorted(Path(config.shards).glob("*.tar"))
     if not files:
         raise Finding(f"{config.shards} holds no .tar")

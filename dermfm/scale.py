@@ -10,6 +10,7 @@ from dermfm import compute, memory, simulate
 from dermfm.config import InputError, check_range, key
 from dermfm.memory import Sharding
 from dermfm.plan import Plan, TrainConfig, arithmetic, check_notes, plan
+from dermfm.storage import remote
 from shards.manifest import Manifest
 
 GB = 1e9
@@ -176,7 +177,7 @@ def steps_of(config: ScaleConfig) -> Plan:
     """Batch and step arithmetic of the planned world, from shards or from a number of samples."""
     if not config.shards:
         return arithmetic(config, config.num_samples, config.world)
-    manifest = Manifest.load(config.shards)
+    manifest = Manifest.load(config.shards, remote(config.cache))
     check_notes(config, manifest)
     return plan(config, manifest, config.world)
 
@@ -184,7 +185,7 @@ def steps_of(config: ScaleConfig) -> Plan:
 def memory_of(config: TrainConfig, world: int) -> str:
     """A line with the memory per GPU by part, for `train --dry-run`; says so where the model is not on this machine."""
     try:
-        p = plan(config, Manifest.load(config.shards), world)
+        p = plan(config, Manifest.load(config.shards, remote(config.cache)), world)
         sizes = measure(config, world, p)
     except InputError as error:
         return f"memory per GPU: not known ({error})"

@@ -8,6 +8,7 @@ and collectives of a world of any size are so known on a laptop.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import tempfile
@@ -328,7 +329,9 @@ def trace_contrast(objectives: ObjectiveConfig, rows: int, embed_dim: int) -> fl
 
 def _contrast_peak(objectives: ObjectiveConfig, rows: int, embed_dim: int) -> int:
     others = [name for name in objectives.active if "batch" not in OBJECTIVES[name].needs]
-    only = dataclasses.replace(objectives, **dict.fromkeys(others, 0.0))
+    only = copy.copy(objectives)
+    for name in others:
+        setattr(only, name, 0.0)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = OnlyFeatures(embed_dim)
     return trace_step(model, only, rows, rows, tokens=1, size=1).peak

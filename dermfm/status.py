@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import glob
 import time
 from dataclasses import dataclass
@@ -16,7 +17,6 @@ from cluster import ray_job, slurm
 from dermfm import metrics
 from dermfm.config import REQUIRED, InputError, key, read_yaml
 from dermfm.progress import duration
-from dermfm.run import take_lock
 from dermfm.submission import JOURNAL, journal
 
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "SUCCEEDED", "STOPPED", "ended")
@@ -62,7 +62,7 @@ def show(config: StatusConfig) -> None:
 def cancel(config: CancelConfig, dry_run: bool) -> None:
     """End the folder's submissions that are not over; InputError where there never was one."""
     folder = _folder(config.run)
-    entries = _known(folder)
+    entries = [_seen(entry) for entry in journal(folder)]
     if not entries:
         raise InputError(f"{folder}: nothing was submitted for this folder; a process of this machine ends by Ctrl-C")
     alive = [entry for entry in entries if entry["state"] not in ENDED]
@@ -100,14 +100,18 @@ def progress(folder: Path) -> str | None:
 def _known(folder: Path) -> list[dict[str, Any]]:
     """The newest submission of each job, with state, restarts and place."""
     newest = {entry["job"]: entry for entry in journal(folder)}
-    return [{"log": None, **entry, **_state(entry)} for entry in newest.values()]
+    return [_seen(entry) for entry in newest.values()]
+
+
+def _seen(entry: dict[str, Any]) -> dict[str, Any]:
+    return {"log": None, **entry, **_state(entry)}
 
 
 def _state(entry: dict[str, Any]) -> dict[str, str]:
     try:
         is_ray = entry["scheduler"] == "ray"
         found = ray_job.state(entry["address"], entry["id"]) if is_ray else slurm.job(entry["id"])
-    except slurm.SlurmError as error:
+    except (slurm.SlurmError, ray_job.RayJobError) as error:
         return {"state": "unknown", "reason": str(error)}
     return found or {"state": "ended", "reason": f"the {entry['scheduler']} controller has forgotten it"}
 
@@ -130,10 +134,13 @@ def _newest_log(folder: Path, entries: list[dict[str, Any]]) -> Path | None:
 
 
 def _is_alive(folder: Path) -> bool:
-    """Whether a process holds the folder, as far as this machine's file system tells."""
+    """Whether a process holds the folder, as far as this machine's file system tells; nothing is taken from it."""
     try:
-        take_lock(folder).close()
-    except InputError:
+        with (folder / "lock").open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
         return True
     return False
 

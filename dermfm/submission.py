@@ -42,7 +42,7 @@ class SlurmConfig:
 
     nodes: int = key(1, "nodes; records, shards and report take one")
     gpus: int = key(0, "GPUs a node")
-    tasks: int = key(0, "processes a node of train and evaluate; 0: one a GPU, or one")
+    tasks_per_node: int = key(0, "processes a node of train and evaluate; 0: one a GPU, or one")
     cpus: int | None = key(None, "CPUs a task")
     time: str | None = key(None, "longest time of one start, as SLURM writes it (24:00:00); restarts chain to the end")
     partition: str | None = key(None, "partition")
@@ -60,7 +60,7 @@ class SlurmConfig:
     def __post_init__(self) -> None:
         for name in ("nodes", "array"):
             check_range(name, getattr(self, name), 1)
-        for name in ("gpus", "tasks"):
+        for name in ("gpus", "tasks_per_node"):
             check_range(name, getattr(self, name), 0)
         check_range("warn_s", self.warn_s, 1)
 
@@ -104,7 +104,7 @@ def folder_of(job: str, config: Any) -> Path:
 
 def world_of(job: str, site: SlurmConfig) -> int:
     """Processes that a job will have."""
-    return 1 if job in PLAIN or job == "notes" else site.nodes * (site.tasks or max(site.gpus, 1))
+    return 1 if job in PLAIN or job == "notes" else site.nodes * (site.tasks_per_node or max(site.gpus, 1))
 
 
 def prepare(
@@ -115,17 +115,22 @@ def prepare(
     `root` is the folder of code and journal where it is not the job's own (a chain's). `script` is the script's name;
     null: submit.sbatch, or submit-<job>.sbatch for a job in a training run's folder.
     """
-    if site.array > 1 and job not in ARRAYS:
-        raise InputError(f"array: '{job}' cannot be cut into shares, only {' and '.join(ARRAYS)} can; leave array= out")
-    folder = folder_of(job, config).absolute()
-    stem = (script or (f"submit-{job}.sbatch" if job in GUESTS else "submit.sbatch")).removesuffix(".sbatch")
+    settings = settings_of(job, config, site, script)
+    folder, stem = settings.parent, settings.stem
     (folder / "log").mkdir(parents=True, exist_ok=True)
-    settings = folder / f"{stem}.yaml"
     write_text(settings, to_yaml(config))
     log = str(folder / "log" / f"slurm-{job}-")
     told = render(job, site, settings, freeze_code((root or folder).absolute()), log)
     write_text(folder / f"{stem}.sbatch", told)
     return Submission(job, (root or folder).absolute(), folder / f"{stem}.sbatch", log)
+
+
+def settings_of(job: str, config: Any, site: SlurmConfig, script: str | None = None) -> Path:
+    """Where the resolved config goes, beside the script; InputError for an array of a job that has no shares."""
+    if site.array > 1 and job not in ARRAYS:
+        raise InputError(f"array: '{job}' cannot be cut into shares, only {' and '.join(ARRAYS)} can; leave array= out")
+    stem = (script or (f"submit-{job}.sbatch" if job in GUESTS else "submit.sbatch")).removesuffix(".sbatch")
+    return folder_of(job, config).absolute() / f"{stem}.yaml"
 
 
 def render(job: str, site: SlurmConfig, settings: Path, code: Path, log: str) -> str:
@@ -170,8 +175,8 @@ def queue(submission: Submission, after: int | None = None) -> int:
 
 
 def ray_command(job: str, config: Any, site: RayConfig, folder: Path, dry_run: bool = False) -> RayCommand:
-    """Freeze a job into its folder for a Ray cluster. Notes written there join that cluster."""
-    if job == "notes" and config.address is None:
+    """Freeze a job into its folder for a Ray cluster. Records and notes made there join that cluster."""
+    if job in ("records", "notes") and config.address is None:
         config = dataclasses.replace(config, address="auto")
     folder = folder.absolute()
     settings = folder / (f"submit-{job}.yaml" if job in GUESTS else "submit.yaml")
@@ -216,12 +221,12 @@ def _directives(job: str, site: SlurmConfig, log: str) -> dict[str, str | None]:
         "job-name": slurm.quoted(site.name or f"dermfm-{job}"),
         "nodes": "1" if plain else str(site.nodes),
         "gpus-per-node": str(site.gpus) if site.gpus and not plain else None,
-        "output": slurm.quoted(log).removesuffix('"') + ('%A_%a.out"' if is_array else '%j.out"'),
+        "output": slurm.quoted(log).replace("%", "%%").removesuffix('"') + ('%A_%a.out"' if is_array else '%j.out"'),
         "chdir": slurm.quoted(str(Path.cwd())),
         "array": f"0-{site.array - 1}" if is_array else None,
     }
     if not plain and job != "notes":
-        found["ntasks-per-node"] = str(site.tasks or max(site.gpus, 1))
+        found["ntasks-per-node"] = str(site.tasks_per_node or max(site.gpus, 1))
     optional = {
         "cpus-per-task": site.cpus,
         "time": site.time,

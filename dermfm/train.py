@@ -68,7 +68,7 @@ def train(
     validation = _validation(config, manifest, engine.module, arithmetic, process)
     tracer = Tracer(folder, config.profile, process.is_first)
     log = metrics.MetricsLog(folder, state.step, process.is_first)
-    pictures = Pictures(log, config.images_every, config.objectives.uses("fusion"))
+    pictures = Pictures(log, config.images_every, _has_maps(config))
     feed.fetch()
     agree(False, False, feed.error)
     laps.lap("first batch")
@@ -242,6 +242,11 @@ def _validation(
         max(round((every or arithmetic.num_samples) / config.contrastive_batch), 1),
         process.device,
     )
+
+
+def _has_maps(config: TrainConfig) -> bool:
+    """Whether note tokens attend to image tokens in this run."""
+    return config.objectives.uses("fusion") and config.model.fusion.kind in ("cross", "early")
 
 
 def _progress(engine: Any, state: checkpoint.State, arithmetic: Plan) -> dict[str, float]:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from dermfm.config import check_choice, check_range, key
 from dermfm.evaluate import ranking
@@ -99,9 +100,9 @@ class Validation(NoValidation):
     def _forward(self, engine: Any, batch: Batch) -> dict[str, np.ndarray]:
         own = batch.to(self._device)
         image = engine("image", pixels=own.pixels)
-        out = {"image": image["embedding"], "logits": image["logits"]}
+        out = {"image": F.normalize(image["embedding"], dim=-1), "logits": image["logits"]}
         if self._objectives.uses_text:
-            out["text"] = engine("text", tokens=own.tokens, lengths=own.lengths)["embedding"]
+            out["text"] = F.normalize(engine("text", tokens=own.tokens, lengths=own.lengths)["embedding"], dim=-1)
         arrays = {name: value.float().cpu().numpy() for name, value in out.items()}
         kept = {"row": batch.indices, "label": batch.labels, "group": batch.group, "weight": batch.weight}
         return arrays | {k: v.numpy() for k, v in kept.items()} | {"note": (batch.text != NO_NOTE).numpy()}
@@ -113,7 +114,7 @@ class Validation(NoValidation):
         for start in range(0, len(tokens), 32):
             rows = slice(start, start + 32)
             inputs = {"tokens": tokens[rows].to(self._device), "lengths": lengths[rows].to(self._device)}
-            parts.append(engine("text", **inputs)["embedding"].float().cpu().numpy())
+            parts.append(F.normalize(engine("text", **inputs)["embedding"].float(), dim=-1).cpu().numpy())
         return np.concatenate(parts)
 
     def _scores(self, found: dict[str, np.ndarray], prompts: np.ndarray | None, module: Any) -> dict[str, float]:
@@ -169,7 +170,7 @@ def _fixed_batches(
 ) -> list[Batch]:
     """This rank's batches of the fixed set: batch k on rank k mod world, as many on every rank (some twice)."""
     shards = manifest.split(config.split)
-    reader = ShardReader(manifest.folder, shards)
+    reader = ShardReader(manifest.folder, shards, manifest.remote)
     borders = np.concatenate([[0], np.cumsum(reader.shard_sizes)])
     rows = np.sort(permutation(int(borders[-1]), 0)[: config.samples])
     pieces = [rows[k : k + batch_size] for k in range(0, len(rows), batch_size)]

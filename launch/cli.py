@@ -12,6 +12,7 @@ import threading
 from collections.abc import Sequence
 
 from cluster.process import ProcessError
+from cluster.ray import RayError
 from cluster.ray_job import RayJobError
 from cluster.slurm import SlurmError
 from dermfm.config import InputError, explain, load, nearest
@@ -87,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if is_first_rank():
             print(f"dermfm {argv[0]}: {error.filename}: {error.strerror}; give another path", file=sys.stderr)
         return BAD_INPUT
-    except (InputError, ShardError, ProcessError, SlurmError, RayJobError) as error:
+    except (InputError, ShardError, ProcessError, SlurmError, RayError, RayJobError) as error:
         if is_first_rank():
             print(f"dermfm {argv[0]}: {' '.join(str(error).split())}", file=sys.stderr)
         return BAD_INPUT

@@ -56,11 +56,13 @@ def submit_slurm(parts: dict[str, Any], site: SlurmConfig, root: Path | None, dr
     if dry_run:
         with tempfile.TemporaryDirectory() as folder:
             for job, config in parts.items():
-                settings = submission.folder_of(job, config).absolute() / "submit.yaml"
-                print(submission.render(job, site, settings, Path(folder), "slurm-"))
+                own = submission.site_of(job, site, root is not None)
+                settings = submission.settings_of(job, config, own, name_in_chain(job, root))
+                print(submission.render(job, own, settings, Path(folder), "slurm-"))
         return 0
     if root is None:
-        check(*next(iter(parts.items())), site)
+        job, config = next(iter(parts.items()))
+        check(job, config, submission.world_of(job, site))
     slurm.check_site(site.partition, site.gpus, site.array)
     after = None
     ready = [
@@ -81,17 +83,19 @@ def name_in_chain(job: str, root: Path | None) -> str | None:
     return f"submit-{job}.sbatch" if root is not None and job == "records" else None
 
 
-def check(job: str, config: Any, site: SlurmConfig) -> None:
+def check(job: str, config: Any, world: int) -> None:
     """What the job itself would refuse at its start, with the world that it will have."""
     module = importlib.import_module(f"launch.{job}")
     if hasattr(module, "check"):
-        module.check(config, submission.world_of(job, site))
+        module.check(config, world)
     if job == "train":
         take_lock(Path(config.run)).close()
 
 
 def submit_ray(job: str, config: Any, site: RayConfig, dry_run: bool) -> int:
     """Send a job to a running Ray cluster, follow its log, and return its exit code."""
+    if not dry_run:
+        check(job, config, 1)
     folder = submission.folder_of(job, config)
     told = submission.ray_command(job, config, site, folder, dry_run)
     if dry_run:
@@ -100,4 +104,8 @@ def submit_ray(job: str, config: Any, site: RayConfig, dry_run: bool) -> int:
     number = ray_job.submit(site.address, told.command, str(told.code), told.environment)
     submission.note(folder, {"job": job, "scheduler": "ray", "id": number, "address": site.address})
     print(f"{job}: Ray job {number} at {site.address}; it goes on without this terminal", flush=True)
-    return ray_job.follow(site.address, number)
+    try:
+        return ray_job.follow(site.address, number)
+    except KeyboardInterrupt:
+        print(f"\n{job} goes on; dermfm status {folder}, and dermfm cancel {folder} ends it", flush=True)
+        return 0

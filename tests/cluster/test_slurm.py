@@ -45,6 +45,8 @@ def slurm() -> Iterator[Path]:
         pytest.skip("a SLURM of namespaces needs Linux and root")
     if Path("/sys/class/net/slbr0").exists():
         pytest.skip("another SLURM testbed is up on this machine")
+    if not all(map(shutil.which, ("slurmctld", "slurmd", "munged", "sbatch"))):
+        pytest.skip("Debian's packages slurmctld, slurmd, slurm-client and munge are not installed")
     folder = tempfile.mkdtemp(prefix="dermfm-slurm-", dir="/tmp")  # sockets: short
     environment = {**os.environ, "TMPDIR": folder}
     os.chmod(folder, 0o755)  # munge's daemon refuses a folder that others cannot enter
@@ -176,7 +178,7 @@ def test_a_job_told_to_stop_is_requeued_and_ends_with_the_weights_of_an_uninterr
 def test_what_cannot_work_is_refused_at_submission_and_nothing_is_queued(shards, tmp_path):
     words = ("train", *SMALL, f"run={tmp_path / 'r'}", f"shards={shards}")
     cases = {"nodess=2": "nodess", "partition=cy": "may be ci", "gpus=3": "have 2", "array=2": "cannot be cut"}
-    for wrong, told in {**cases, "nodes=3 tasks=1": "contrastive_batch"}.items():
+    for wrong, told in {**cases, "nodes=3 tasks_per_node=1": "contrastive_batch"}.items():
         done = dermfm("submit", "slurm", *words, *wrong.split())
         assert done.returncode == 2, wrong
         assert done.stderr.count("\n") == 1, done.stderr
@@ -188,12 +190,17 @@ def test_what_cannot_work_is_refused_at_submission_and_nothing_is_queued(shards,
 def test_notes_are_written_by_ray_over_both_nodes_and_nothing_is_left_running(slurm, small_records, tmp_path):
     out = tmp_path / "notes"
     words = ("notes", f"records={small_records}", f"out={out}", "strategies=[template,label]", "part_size=32")
+    before = ray_processes()
     job = submit(*words, "ray=always", "nodes=2", "cpus=2")
     assert end(job)["state"] == "COMPLETED", log_of(out)
     made = pq.read_table(sorted(out.glob("part-*.parquet")), columns=["note_id", "error"])
     assert len(set(made["note_id"].to_pylist())) == made.num_rows == 192
-    left = subprocess.run(["pgrep", "-f", "gcs_server|raylet"], capture_output=True, text=True, check=False)
-    assert left.stdout == ""
+    assert ray_processes() <= before
+
+
+def ray_processes() -> set[str]:
+    found = subprocess.run(["pgrep", "-f", "gcs_server|raylet"], capture_output=True, text=True, check=False)
+    return set(found.stdout.split())
 
 
 def test_the_doctor_measures_the_network_between_the_nodes(slurm, tmp_path):

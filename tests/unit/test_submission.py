@@ -14,11 +14,13 @@ import pytest
 from cluster import slurm
 from dermfm import submission
 from dermfm.config import from_dict, load
+from dermfm.evaluate.job import EvaluateConfig
 from dermfm.notes.plan import NotesConfig
 from dermfm.pack_plan import ShardsConfig
 from dermfm.pipeline import JOBS, PipelineConfig
 from dermfm.plan import TrainConfig
 from dermfm.records.build import RecordsConfig
+from dermfm.report.page import ReportConfig
 from dermfm.submission import RayConfig, SlurmConfig
 from launch.cli import main, parse
 
@@ -80,7 +82,7 @@ def test_a_script_runs_the_frozen_code_on_the_frozen_config_whatever_their_names
 
 
 def test_a_directive_with_blanks_quotes_and_percent_is_quoted_for_sbatch():
-    assert slurm.quoted('a "b" 50%') == '"a \\"b\\" 50%%"'
+    assert slurm.quoted('a "b" 50%') == '"a \\"b\\" 50%"'
     with pytest.raises(slurm.SlurmError, match="line break"):
         slurm.quoted("a\nb")
 
@@ -125,7 +127,7 @@ def test_a_chain_is_six_jobs_of_one_configuration(tmp_path):
 
 def test_keys_of_the_scheduler_are_no_keys_of_a_job_that_can_be_submitted():
     own = set(submission.own_keys(SlurmConfig)) | set(submission.own_keys(RayConfig)) - {"address"}
-    for schema in (RecordsConfig, NotesConfig, ShardsConfig, TrainConfig, PipelineConfig):
+    for schema in (RecordsConfig, NotesConfig, ShardsConfig, TrainConfig, EvaluateConfig, ReportConfig, PipelineConfig):
         assert not own & {field.name for field in dataclasses.fields(schema)}
 
 
