@@ -118,8 +118,8 @@ class Watch(Unwatched):
             last = threading.Timer(LEAVE_S, lambda: os._exit(code))
             last.daemon = True
             last.start()
-        if found["rank"] == self._process.rank:
-            return None
+        if found["reason"] == reason:
+            return None  # this rank's own failure, which it raises itself
         self._tell(found)
         return int(found["code"])
 

@@ -38,7 +38,7 @@ SMALL = (
 SCRIPTS = Path(__file__).parent / "slurm"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def slurm() -> Iterator[Path]:
     """SLURM_CONF of a running testbed (also in the environment); skips with the reason where there cannot be one."""
     if sys.platform != "linux" or os.geteuid() != 0:
@@ -89,7 +89,7 @@ def wait_for(what: Callable[[], bool], seconds: float = 240, told: Callable[[], 
         time.sleep(0.5)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def small_records(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """records.parquet of 96 plain images in three colours and classes."""
     folder = tmp_path_factory.mktemp("small records")

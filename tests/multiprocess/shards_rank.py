@@ -46,7 +46,7 @@ def main(out: Path, mode: str, image_weights: str, text_folder: str) -> None:
     start_group(process)
     settings = zero.deepspeed_json(
         zero.ZeroConfig(stage=3 if mode == "shards" else 0), micro_batch=1, num_micro=1, world=process.world,
-        optimizer={"lr": 1e-3}, device="cpu",
+        optimizer={"lr": 1e-3}, device="cpu", num_learning=0, num_parameters=0,
     )  # fmt: skip
     with zero.towers_in_shards(settings, "cpu"):  # what libraries keep once is not the towers'
         warm = ImageTower(ImageConfig(name="test_vit", size=64)), TextTower(TextConfig(name=text_folder))

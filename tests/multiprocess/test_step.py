@@ -115,7 +115,7 @@ def test_every_loss_and_every_parameter_s_gradient_is_that_of_the_full_batch_in_
 def test_the_losses_of_the_comparison_really_move(results, objectives):
     first, *_, last = results(1)[objectives]
     assert last["loss"] < 0.9 * first["loss"]
-    assert all(last[name] != pytest.approx(first[name], rel=1e-3) for name in first)
+    assert all(last[name] != pytest.approx(first[name], rel=1e-4) for name in first)
 
 
 def test_the_worlds_agree_with_each_other_while_the_batch_is_unevenly_bad_over_ranks(results):
