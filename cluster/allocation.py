@@ -67,7 +67,7 @@ def head() -> Iterator[None]:
 
 
 def serve() -> int:
-    """Offer this node to the head's cluster until the head is gone; 0, or 1 where Ray on this node ended before.
+    """Offer this node to the head's cluster until the head is gone, or Ray on this node ends. 0: the head's code tells.
 
     SIGTERM, SIGINT and SIGUSR1 are the head's to answer: it ends the work, and this node with it.
     """
@@ -87,7 +87,8 @@ def serve() -> int:
                 with contextlib.suppress(TimeoutError):
                     if not bell.recv(1):
                         return 0
-            return 1
+            print(f"Ray on this node has ended before the work has: {ray.last_line()}", flush=True)
+            return 0  # the head goes on without it, and its exit code tells
         except OSError:
             return 0  # the head's node is gone
         finally:
