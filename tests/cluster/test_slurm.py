@@ -177,7 +177,7 @@ def test_a_job_told_to_stop_is_requeued_and_ends_with_the_weights_of_an_uninterr
 
 def test_what_cannot_work_is_refused_at_submission_and_nothing_is_queued(shards, tmp_path):
     words = ("train", *SMALL, f"run={tmp_path / 'r'}", f"shards={shards}")
-    cases = {"nodess=2": "nodess", "partition=cy": "may be ci", "gpus=3": "have 2", "array=2": "cannot be cut"}
+    cases = {"nodess=2": "nodess", "partition=cy": "may be ci", "gpus=4": "have 2", "array=2": "cannot be cut"}
     for wrong, told in {**cases, "nodes=3 tasks_per_node=1": "contrastive_batch"}.items():
         done = dermfm("submit", "slurm", *words, *wrong.split())
         assert done.returncode == 2, wrong
