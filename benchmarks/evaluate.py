@@ -9,16 +9,19 @@ thread over the same random embeddings with the reference's label frequencies; t
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import resource
+import sys
 import time
+from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `benchmarks` is no installed package
+
 import numpy as np
 
+from benchmarks.shared.figures import figure, show
 from dermfm.evaluate.ranking import CHUNK, Pool, rank_classes
 
 KS = (5, 10, 20, 50, 100)
@@ -78,7 +81,7 @@ def compare(count: int, rounds: int) -> dict[str, object]:
     np.testing.assert_allclose(ap, their_ap, atol=1e-5)
     np.testing.assert_allclose(ap.mean(), their_ap.mean(), atol=1e-6)
     np.testing.assert_allclose(precision.mean(axis=0), their_precision.mean(axis=0), atol=1e-6)
-    return figure(f"class-level retrieval, {count} x {count}", min(ours), min(theirs), "s", 8.0)
+    return figure(f"class-level retrieval, {count} x {count}", count / min(ours), count / min(theirs), "queries/s", 8.0)
 
 
 def full_size(queries: int) -> list[dict[str, object]]:
@@ -89,14 +92,7 @@ def full_size(queries: int) -> list[dict[str, object]]:
     print(
         f"{FULL} x {FULL}: {seconds / queries * FULL:.0f} s on one thread ({queries} queries timed), peak {peak:.2f} GB"
     )
-    return [figure(f"peak memory at {FULL} x {FULL}", peak, 49.0, "GB", 24.5)]
-
-
-def figure(name: str, ours: float, other: float, unit: str, goal: float) -> dict[str, object]:
-    """One line of the output; smaller is better, so the ratio is other / ours."""
-    values = {"figure": name, "ours": round(ours, 4), "other": round(other, 4), "unit": unit}
-    values |= {"ratio": round(other / ours, 2), "goal": goal, "better": "higher"}
-    return values | {"machine": f"{platform.machine()}, {os.cpu_count()} cores, 1 thread"}
+    return [figure(f"peak memory at {FULL} x {FULL}", peak, 49.0, "GB", round(2 / 49, 3), "lower")]  # at most 2 GB
 
 
 def main() -> None:
@@ -106,10 +102,7 @@ def main() -> None:
     quick = parser.parse_args().quick
     figures = full_size(CHUNK * (1 if quick else 8))
     figures.append(compare(2000 if quick else 12_000, 1 if quick else 2))
-    for line in figures:
-        print(f"{line['figure']:45s} ours {line['ours']} other {line['other']} {line['unit']}, ratio {line['ratio']}")
-    for line in figures:
-        print(json.dumps(line))
+    show(figures)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,7 @@ image on one core. Memory is the growth of the largest process when four times a
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -31,9 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this script's ow
 
 import cv2
 import simplejpeg
-from rich.console import Console
-from rich.table import Table
 
+from benchmarks.shared.figures import figure, show
 from cluster.ray import ray_session
 from dermfm.config import to_dict
 from dermfm.records.images import image_facts
@@ -153,17 +150,6 @@ def print_peak(count: int) -> None:
     print(next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024)
 
 
-def figure(
-    name: str, mine: float, other: float | None, unit: str, goal: float | None, better: str = "higher"
-) -> dict[str, Any]:
-    """One row; `ratio` is ours over the other, null where there is nothing to compare with."""
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, {CORES} workers of 1 thread"
-    return {
-        "figure": name, "ours": round(mine, 3), "other": None if other is None else round(other, 3), "unit": unit,
-        "ratio": None if other is None else round(mine / other, 3), "goal": goal, "better": better, "machine": machine,
-    }  # fmt: skip
-
-
 def measure_all(quick: bool) -> list[dict[str, Any]]:
     """All figures, as rows of the benchmarks' common form."""
     paths = shared_images()
@@ -188,14 +174,7 @@ def main() -> None:
     if chosen.peak:
         print_peak(chosen.peak)
         return
-    rows = measure_all(chosen.quick)
-    columns = ("figure", "ours", "other", "unit", "ratio", "goal")
-    table = Table(*columns)
-    for row in rows:
-        table.add_row(*("–" if row[name] is None else str(row[name]) for name in columns))
-    Console().print(table)
-    for row in rows:
-        print(json.dumps(row))
+    show(measure_all(chosen.quick))
 
 
 if __name__ == "__main__":

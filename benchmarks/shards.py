@@ -16,7 +16,6 @@ import importlib.util
 import io
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -35,9 +34,8 @@ import torch
 import torch.nn.functional as F
 import webdataset
 from PIL import Image
-from rich.console import Console
-from rich.table import Table
 
+from benchmarks.shared.figures import figure, show
 from dermfm.records.atlas import draw_atlas
 from dermfm.records.source import AtlasConfig
 from dermfm.samples import AugmentConfig, Collate, SampleFn
@@ -240,15 +238,6 @@ def compared(name: str, mine: Rate, other: Rate, goal: float) -> list[dict[str, 
     ]
 
 
-def figure(name: str, mine: float, other: float, unit: str, goal: float, better: str = "higher") -> dict[str, Any]:
-    """One row; `ratio` is ours over the other."""
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread"
-    return {
-        "figure": name, "ours": round(mine, 2), "other": round(other, 2), "unit": unit,
-        "ratio": round(mine / other, 3), "goal": goal, "better": better, "machine": machine,
-    }  # fmt: skip
-
-
 def main() -> None:
     """Print a table for people and one JSON object a line for each figure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -257,15 +246,9 @@ def main() -> None:
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # no side gets a second core for its threads
     rows = measure(parser.parse_args().quick)
-    columns = ("figure", "ours", "other", "unit", "ratio", "goal")
-    table = Table(*columns)
-    for row in rows:
-        table.add_row(*(str(row[name]) for name in columns))
-    Console().print(table)
+    show(rows)
     if importlib.util.find_spec("open_clip") is None:
         print("open_clip is not installed: its comparison is left out")
-    for row in rows:
-        print(json.dumps(row))
 
 
 if __name__ == "__main__":

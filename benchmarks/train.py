@@ -14,7 +14,6 @@ import argparse
 import io
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -30,10 +29,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
+from benchmarks.shared.figures import figure, show
 from cluster.process import close_group, from_environment, start_group
 from dermfm import losses
 from dermfm.config import from_dict
@@ -199,15 +197,6 @@ def measure(quick: bool) -> list[dict[str, Any]]:
     ]
 
 
-def figure(name: str, mine: float, other: float, unit: str, goal: float, better: str = "higher") -> dict[str, Any]:
-    """One row; `ratio` is ours over the other."""
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, 1 thread a rank"
-    return {
-        "figure": name, "ours": round(mine, 3), "other": round(other, 3), "unit": unit,
-        "ratio": round(mine / other, 4), "goal": goal, "better": better, "machine": machine,
-    }  # fmt: skip
-
-
 def main() -> int:
     """Print a table for people and one JSON object a line for each figure; or be a rank of a side."""
     if sys.argv[1:2] == ["bare"]:
@@ -218,13 +207,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--quick", action="store_true", help="fewer steps and one round")
     rows = measure(parser.parse_args().quick)
-    columns = ("figure", "ours", "other", "unit", "ratio", "goal")
-    table = Table(*columns)
-    for row in rows:
-        table.add_row(*(str(row[name]) for name in columns))
-    Console().print(table)
-    for row in rows:
-        print(json.dumps(row))
+    show(rows)
     return 0
 
 

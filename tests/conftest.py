@@ -32,6 +32,20 @@ def shared_data() -> Path:
     return folder.resolve()
 
 
+@pytest.fixture(scope="module")
+def alone() -> Iterator[None]:
+    """A process group of one, for the tests of a module."""
+    from cluster.process import close_group, from_environment, start_group
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            patch.setenv(name, "")  # first set: so that what the group sets is taken back as well
+            patch.delenv(name)
+        start_group(from_environment("cpu"))
+        yield
+        close_group()
+
+
 @pytest.fixture
 def serve() -> Iterator[Callable[..., Any]]:
     """serve(folder, knows_ranges=True): a real HTTP server over a folder (tests/web.py), stopped after the test."""

@@ -14,14 +14,25 @@ COLUMNS = ("figure", "ours", "other", "unit", "ratio", "goal")
 
 
 def figure(
-    name: str, ours: float, other: float, unit: str, goal: float | None, better: str, threads: int
+    name: str,
+    ours: float,
+    other: float | None,
+    unit: str,
+    goal: float | None,
+    better: str = "higher",
+    threads: int = 1,
 ) -> dict[str, Any]:
-    """One row; `ratio` is ours over the other; a goal of None is none: the figure is told, not judged."""
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, {threads} threads"
+    """One row; `ratio` is ours over the other. `other` null: nothing to compare with; `goal` null: told, not judged."""
     return {
-        "figure": name, "ours": round(ours, 3), "other": round(other, 3), "unit": unit,
-        "ratio": round(ours / other, 3), "goal": goal, "better": better, "machine": machine,
-    }  # fmt: skip
+        "figure": name,
+        "ours": round(ours, 3),
+        "other": None if other is None else round(other, 3),
+        "unit": unit,
+        "ratio": None if other is None else round(ours / other, 4),
+        "goal": goal,
+        "better": better,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {threads} thread{'s' * (threads > 1)} a process",
+    }
 
 
 def show(rows: list[dict[str, Any]]) -> None:

@@ -28,6 +28,27 @@ WORD_LIST = WORDS.split()
 
 
 @pytest.fixture(scope="session")
+def write_shards() -> Callable[..., Path]:
+    """write_shards(folder, sizes, sample_of): train shards of these sizes and their manifest; the folder.
+
+    `sample_of(number)` gives the samples, numbered through all shards.
+    """
+    from shards.manifest import write_manifest
+    from shards.writer import write_shard
+
+    def write(folder: Path, sizes: Sequence[int], sample_of: Callable[[int], dict]) -> Path:
+        numbers = iter(range(sum(sizes)))
+        infos = [
+            write_shard(folder, f"train-{i:05d}.tar", "train", [sample_of(next(numbers)) for _ in range(size)])
+            for i, size in enumerate(sizes)
+        ]
+        write_manifest(folder, infos, {})
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="session")
 def text_tower(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random BERT of two layers with 32 channels and its WordPiece tokenizer, as a Hugging Face folder."""
     import torch

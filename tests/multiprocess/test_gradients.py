@@ -9,24 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from cluster.process import close_group, from_environment, start_group
 from dermfm import zero
 from dermfm.gradients import Gradients
 
-pytestmark = pytest.mark.timeout(120)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def alone():
-    """A process group of one for all of these."""
-    patch = pytest.MonkeyPatch()
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        patch.setenv(name, "")
-        patch.delenv(name)
-    start_group(from_environment("cpu"))
-    yield
-    close_group()
-    patch.undo()
+pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("alone")]
 
 
 @pytest.fixture(scope="module", params=[0, 1, 2, 3])

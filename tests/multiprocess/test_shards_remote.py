@@ -38,16 +38,9 @@ pytestmark = pytest.mark.timeout(240)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def folder(tmp_path_factory, write_shards) -> Path:
     """Three shards of samples with fields that need no decoding: an image that is none keeps its place anyway."""
-    out = tmp_path_factory.mktemp("shards")
-    numbers = iter(range(sum(SIZES)))
-    infos = [
-        write_shard(out, f"train-{i:05d}.tar", "train", [sample_of(next(numbers)) for _ in range(size)])
-        for i, size in enumerate(SIZES)
-    ]
-    write_manifest(out, infos, {})
-    return out
+    return write_shards(tmp_path_factory.mktemp("shards"), SIZES, sample_of)
 
 
 @pytest.fixture(scope="module")

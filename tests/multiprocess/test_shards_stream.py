@@ -13,9 +13,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shards.manifest import write_manifest
-from shards.writer import write_shard
-
 SIZES = [9, 14, 4]
 BATCH, STEPS = 8, 8
 SCRIPT = Path(__file__).with_name("stream_rank.py")
@@ -38,15 +35,8 @@ def sample_of(number: int) -> dict[str, str | bytes]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("shards")
-    numbers = iter(range(sum(SIZES)))
-    infos = [
-        write_shard(out, f"train-{i:05d}.tar", "train", [sample_of(next(numbers)) for _ in range(size)])
-        for i, size in enumerate(SIZES)
-    ]
-    write_manifest(out, infos, {})
-    return out
+def folder(tmp_path_factory, write_shards) -> Path:
+    return write_shards(tmp_path_factory.mktemp("shards"), SIZES, sample_of)
 
 
 def run(root: Path, folder: Path, world: int, workers: int = 0, first_step: int = 0) -> list[dict]:

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from cluster.process import close_group, from_environment, start_group
 from dermfm import checkpoint, run, zero
 from dermfm.checkpoint import (
     COMPLETE,
@@ -31,17 +30,6 @@ from dermfm.checkpoint import (
 )
 from dermfm.config import InputError
 from dermfm.optimizer import OptimizerConfig
-
-
-@pytest.fixture
-def alone(monkeypatch: pytest.MonkeyPatch):
-    """A process group of one."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
-    start_group(from_environment("cpu"))
-    yield
-    close_group()
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from torch import nn
 
-from cluster.process import close_group, from_environment, start_group
 from cluster.watchdog import Unwatched
 from dermfm import checkpoint, guard, saver, zero
 from dermfm.border import RunError
@@ -19,18 +18,7 @@ from dermfm.config import InputError
 from dermfm.guard import Guard, Spikes
 from dermfm.saver import Keeping, Saver
 
-
-@pytest.fixture(scope="module", autouse=True)
-def alone():
-    """A process group of one for all of these."""
-    patch = pytest.MonkeyPatch()
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        patch.setenv(name, "")
-        patch.delenv(name)
-    start_group(from_environment("cpu"))
-    yield
-    close_group()
-    patch.undo()
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 class Step:
@@ -44,9 +32,9 @@ class Step:
         return SimpleNamespace(applied=self.applied and not discard)
 
 
-def judge(policy: str, values: dict[str, float], gradients: Step, meter: dict[str, Any], **options: Any) -> None:
+def judge(policy: str, values: dict[str, float], gradients: Step, meter: dict[str, Any], **options: Any) -> Any:
     made = Guard(gradients, policy, options.get("max_skips", 2), options.get("skips_alone", False), meter)
-    made.update(None, 7, values, None, 2)
+    return made.update(None, 7, values, None, 2)
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +64,11 @@ def test_skips_are_counted_told_and_bounded(caplog):
 
 
 def test_a_step_that_fp16_skips_to_find_its_scale_is_no_fault():
-    judge("stop", {"loss": 1.0}, Step(applied=False), {}, skips_alone=True)
+    gradients, meter = Step(applied=False), {}
+    update = judge("stop", {"loss": 1.0}, gradients, meter, skips_alone=True)
+    assert not update.applied
+    assert gradients.discards == 0
+    assert meter["skipped"] == 0
 
 
 def test_a_leap_of_the_loss_keeps_the_checkpoint_before_it_and_says_how_to_pass_over(tmp_path, caplog):
