@@ -272,6 +272,9 @@ def _deepspeed(device: str) -> Any:
     if not device.startswith("cuda"):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DS_LOG_LEVEL", "warning")
+    # The ninja of this environment, first: another version takes what it has built for unknown and compiles again.
+    own, paths = str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath).split(os.pathsep)
+    os.environ["PATH"] = os.pathsep.join([own, *(path for path in paths if path != own)])
     import logging
     import warnings
 
