@@ -314,5 +314,5 @@ def load_model(path: str | Path, device: str = "cpu") -> DermFM:
 
 
 def _siblings(path: Path) -> str:
-    names = [step_name(s) for s in complete_steps(path.parent)]
+    names = [name for s in complete_steps(path.parent) if (name := step_name(s)) != path.name]
     return nearest(path.name, names) if names else "no complete checkpoint lies beside it"

@@ -9,9 +9,10 @@ from typing import Any
 
 from cluster.process import Process
 from cluster.watchdog import Unwatched
-from dermfm import checkpoint, run
+from dermfm import checkpoint, run, zero
 from dermfm.checkpoint import Source, State
 from dermfm.config import InputError, to_dict
+from dermfm.model.attention import choose_kernel
 from dermfm.model.dermfm import ModelConfig
 from dermfm.plan import TrainConfig, check_notes, plan
 from dermfm.samples import balanced_weights
@@ -73,28 +74,41 @@ def resume_source(config: TrainConfig, process: Process, watch: Unwatched) -> So
     The first rank checks the inputs, hashes and converts, and writes the run's record; the others are told. InputError
     where an input or the run directory cannot be used, an identity key differs, or all checkpoints are damaged.
     """
-    told = watch.first_decides("resume", lambda: _decide(config, process.world), DECISION_TIMEOUT_S)
+    told = watch.first_decides("resume", lambda: _decide(config, process), DECISION_TIMEOUT_S)
     if told is None:
         return None
     return Source(Path(told["checkpoint"]), State(**told["state"]), Path(told["folder"]))
 
 
-def _decide(config: TrainConfig, world: int) -> dict[str, Any] | None:
+def _decide(config: TrainConfig, process: Process) -> dict[str, Any] | None:
     prepare(config)
+    check_kernels(config, process.device)
     found = choose(config)
     source = None
     if found is not None:
-        manifest = Manifest.load(config.shards, remote(config.cache))
-        identity = identity_of(config, manifest, open_data(config, manifest)[0])
-        state = checkpoint.read_state(found)
-        # A key of the model that the run's version did not have yet was what its default is now.
-        known = {n: v for n, v in _flat(to_dict(ModelConfig()), "model").items() if n not in NO_SHAPE}
-        run.check_identity(known | state.identity, identity, list(config.allow_change), Path(config.run))
-        source = checkpoint.source_for(found, world, config.zero.stage)
+        check_same_run(config, found)
+        source = checkpoint.source_for(found, process.world, config.zero.stage)
     run.record(Path(config.run), config)  # only now: a refused resume leaves the run's record as it was
     if source is None:
         return None
     return {"checkpoint": str(source.checkpoint), "folder": str(source.folder), "state": asdict(source.state)}
+
+
+def check_same_run(config: TrainConfig, found: Path) -> None:
+    """InputError where data order, batch or model of checkpoint `found` are not those of this configuration."""
+    manifest = Manifest.load(config.shards, remote(config.cache))
+    identity = identity_of(config, manifest, open_data(config, manifest)[0])
+    # A key of the model that the run's version did not have yet was what its default is now.
+    known = {n: v for n, v in _flat(to_dict(ModelConfig()), "model").items() if n not in NO_SHAPE}
+    old = known | checkpoint.read_state(found).identity
+    run.check_identity(old, identity, list(config.allow_change), Path(config.run))
+
+
+def check_kernels(config: TrainConfig, device: str) -> None:
+    """InputError where an attention kernel that was asked for cannot run on this device."""
+    model = config.model
+    for kernel in {model.image.kernel, model.text.kernel, model.fusion.kernel, model.decoder.kernel} - {"auto"}:
+        choose_kernel(kernel, device.split(":")[0], zero.DTYPES[config.zero.precision])
 
 
 def choose(config: TrainConfig) -> Path | None:
@@ -130,7 +144,7 @@ def _origin(found: Path) -> str | None:
 
 
 def is_done(config: TrainConfig, world: int) -> bool:
-    """Whether the run's newest checkpoint is its last one."""
+    """Whether the run's newest checkpoint is its last one. InputError where it is of another model or data set."""
     folder = Path(config.run) / "ckpt"
     steps = checkpoint.complete_steps(folder)
     if not steps or steps[-1] < plan(config, Manifest.load(config.shards, remote(config.cache)), world).total_steps:
@@ -138,6 +152,7 @@ def is_done(config: TrainConfig, world: int) -> bool:
     newest = folder / checkpoint.step_name(steps[-1])
     if config.resume and _origin(newest) != origin_of(config):
         return False
+    check_same_run(config, newest)
     return checkpoint.damage(newest) is None
 
 
@@ -145,7 +160,7 @@ def prepare(config: TrainConfig) -> None:
     """Check inputs, the run directory and its disk. InputError names what cannot be used."""
     manifest = Manifest.load(config.shards, remote(config.cache))
     check_notes(config, manifest)
-    manifest.split(config.split)
+    manifest.check_indexes(config.split)
     folder = Path(config.run)
     probe = folder / ".writable"
     try:

@@ -281,6 +281,7 @@ def _deepspeed(device: str) -> Any:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # no GPU here: the user knows
     # DeepSpeed calls torch's collectives by names that torch now warns of, at stage 3 in every step.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     return deepspeed

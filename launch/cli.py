@@ -64,6 +64,8 @@ class Call:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one job. Returns the exit code: 0 done, 1 failed, 2 bad input, 75 stopped and resumable."""
+    # C++ warnings of torch (host names, lost connections of a rank that ends) hide the one line that tells.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("--help", "-h", "help"):
         print(usage())

@@ -81,6 +81,12 @@ class Manifest:
             raise ShardError(f"{self.folder}: the split '{name}' holds no sample; splits with samples: {splits}")
         return found
 
+    def check_indexes(self, split: str) -> None:
+        """ShardError where a local index of the split is damaged: reads all of it. Remote ones are read by `load`."""
+        if not is_remote(self.folder):
+            for shard in self.split(split):
+                ShardIndex(index_path(self.path(shard)))
+
     def read_rows(self, split: str) -> dict[str, list[Any]]:
         """Columns of rows.parquet for one split, in manifest order: shard, row, record_id, dataset, label, group_id."""
         import pyarrow.parquet as pq

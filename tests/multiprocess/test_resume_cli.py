@@ -128,6 +128,11 @@ def test_a_finished_run_has_nothing_to_train(first_run, capsys):
     assert "done, nothing to train" in capsys.readouterr().out
 
 
+def test_a_finished_run_of_another_model_is_bad_input_and_not_done(first_run, capsys):
+    told = refusal(capsys, str(first_run[1].with_name("train.yaml")), "model.image.size=96")
+    assert "'model.image.size' is 96" in told
+
+
 @pytest.mark.usefixtures("as_only_rank")
 def test_shards_of_another_data_set_are_bad_input_that_names_them(stopped, capsys, tmp_path):
     config, _ = stopped
