@@ -23,6 +23,7 @@ class Web:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True  # else head and body of an answer wait 40 ms for each other
 
             def do_HEAD(self) -> None:
                 self.answer(with_body=False)
@@ -64,10 +65,9 @@ class Web:
             def log_message(self, *_: object) -> None:
                 """Tests' output stays clean."""
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
+        self.server = _Server(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
     def next_fault(self, name: str) -> str:
         """The fault of this request, "" for none."""
@@ -85,3 +85,8 @@ class Web:
         self.stop.set()
         self.server.shutdown()
         self.server.server_close()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128  # with the default 5, a burst of connections loses some for a second
