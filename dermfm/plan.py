@@ -9,13 +9,14 @@ from pathlib import Path
 from dermfm import initial
 from dermfm.compute import check_parts
 from dermfm.config import REQUIRED, InputError, check_choice, check_range, key
+from dermfm.images import AugmentConfig
 from dermfm.model.dermfm import ModelConfig
 from dermfm.model.image import check_name
 from dermfm.model.text import encoder_folder
 from dermfm.model.weights import weights_file
 from dermfm.objectives import ObjectiveConfig, check_objectives
 from dermfm.optimizer import OptimizerConfig
-from dermfm.samples import AugmentConfig, check_strategies
+from dermfm.samples import check_strategies
 from dermfm.storage import CacheConfig, remote
 from dermfm.validation import ValidationConfig
 from dermfm.zero import ZeroConfig

@@ -215,10 +215,15 @@ def _batches(
         process,
         seed=config.seed,
         sample_fn=SampleFn(config.model.image.size, _strategies(config), config.augment),
-        collate_fn=Collate(model.tokenizer, config.model.text.max_tokens, config.model.image.size),
+        collate_fn=_collate(config, model),
         num_workers=config.num_workers,
         max_bad_fraction=config.max_bad_fraction,
     )
+
+
+def _collate(config: TrainConfig, model: DermFM) -> Collate:
+    objectives, size = config.objectives, config.model.image.size
+    return Collate(model.tokenizer, config.model.text.max_tokens, size, concepts=objectives.uses("concepts"))
 
 
 def _strategies(config: TrainConfig) -> dict[str, float]:
@@ -237,7 +242,7 @@ def _validation(
         manifest,
         config.objectives,
         SampleFn(size, _strategies(config)),
-        Collate(model.tokenizer, config.model.text.max_tokens, size),
+        _collate(config, model),
         arithmetic.micro_batch,
         max(round((every or arithmetic.num_samples) / config.contrastive_batch), 1),
         process.device,

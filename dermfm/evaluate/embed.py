@@ -11,8 +11,9 @@ from torch import Tensor
 
 from dermfm.evaluate.parts import Arrays, Parts
 from dermfm.evaluate.ranks import Ranks, on_first, together
+from dermfm.images import decode_image
 from dermfm.progress import Meter
-from dermfm.samples import decode_image, image_bytes, tokenize
+from dermfm.samples import image_bytes, tokenize
 from shards.loader import passes
 from shards.manifest import Manifest
 from shards.reader import ShardReader

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from dermfm.config import InputError
 from dermfm.export import bundle
-from dermfm.samples import decode_image, tokenize
+from dermfm.images import decode_image
+from dermfm.samples import tokenize
 
 BATCH = 32  # images or texts in one forward pass
 F = TypeVar("F", bound=Callable[..., Any])

@@ -11,9 +11,9 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from dermfm.export.model import Exported
+from dermfm.images import decode_image
 from dermfm.records.vocabulary import MALIGNANCIES, MALIGNANCY_OF
 from dermfm.report.attention import SIZE, blend, telling_words, word_weights
-from dermfm.samples import decode_image
 
 FUSIONS_WITH_MAPS = ("cross", "early")
 

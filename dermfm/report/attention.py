@@ -12,9 +12,10 @@ from matplotlib import colormaps
 from PIL import Image
 
 from dermfm.evaluate.records import TextSet
+from dermfm.images import decode_image
 from dermfm.report.gallery import choose_rows, class_name, shorten
 from dermfm.report.run import Evaluation, Images, data_uri
-from dermfm.samples import decode_image, image_bytes, tokenize
+from dermfm.samples import image_bytes, tokenize
 
 WORDS = [
     "asymmetric",

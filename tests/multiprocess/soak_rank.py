@@ -11,7 +11,8 @@ import sys
 
 import psutil
 
-from dermfm.samples import AugmentConfig, Collate, SampleFn
+from dermfm.images import AugmentConfig
+from dermfm.samples import Collate, SampleFn
 from shards.loader import stream
 from shards.manifest import Manifest
 from shards.order import SampleOrder

@@ -14,19 +14,10 @@ import torch
 import torchvision.transforms.v2.functional as tvf
 from PIL import Image
 
+from dermfm.concepts import CONCEPTS
 from dermfm.config import InputError
-from dermfm.samples import (
-    AugmentConfig,
-    Collate,
-    SampleFn,
-    balanced_weights,
-    check_strategies,
-    choose_note,
-    colour_map,
-    decode_image,
-    gaussian_blur,
-    hue_rotation,
-)
+from dermfm.images import AugmentConfig, colour_map, decode_image, gaussian_blur, hue_rotation
+from dermfm.samples import Collate, SampleFn, balanced_weights, check_strategies, choose_note
 
 OFF = AugmentConfig(
     crop_area_min=1, crop_aspect=1, flip=False, rotate90=False, brightness=0, contrast=0, saturation=0, hue=0,
@@ -262,6 +253,9 @@ def test_an_empty_note_has_the_tokenizers_empty_encoding():
     ]
     batch = Collate(tokenizer, 4, 16)(items, np.asarray([0, 1]))
     assert batch.lengths.tolist() == [2, 3]
+    assert not batch.concepts.any()
+    named = Collate(tokenizer, 4, 16, concepts=True)(items, np.asarray([0, 1])).concepts
+    assert [[CONCEPTS[i] for i in row.nonzero()[:, 0]] for row in named] == [[], ["nevus"]]
     assert batch.tokens[:, :3].tolist() == [[2, 3, 0], [2, 4, 3]]
 
 

@@ -26,13 +26,14 @@ from dermfm.export.calibrate import expected_calibration_error, fit_temperature
 from dermfm.export.card import results_section
 from dermfm.export.job import ExportConfig, choose_notes, export
 from dermfm.export.model import Exported
+from dermfm.images import decode_image
 from dermfm.model.decoder import DecoderConfig
 from dermfm.model.dermfm import DermFM, ModelConfig
 from dermfm.model.fusion import FusionConfig
 from dermfm.predict import job as predict_job
 from dermfm.predict.job import PredictConfig, predict
 from dermfm.records.vocabulary import CLASS_CODES, CLASSES
-from dermfm.samples import decode_image, tokenize
+from dermfm.samples import tokenize
 from launch.cli import main
 from shards.manifest import Manifest
 from shards.reader import ShardReader
