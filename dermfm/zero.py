@@ -267,11 +267,22 @@ def ready(device: str) -> str:
     return f"{deepspeed.__version__}, accelerator {taken}, {get_accelerator().communication_backend_name()}"
 
 
+def build_extension() -> None:
+    """Compile what DeepSpeed's collectives on a CPU need, so that no run has to: about a minute, once."""
+    _deepspeed("cpu")
+    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+
+    ShareMemCommBuilder().load(verbose=False)
+
+
 def _deepspeed(device: str) -> Any:
     """The package, told which accelerator to use before its first import, and told to be quiet."""
     if not device.startswith("cuda"):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DS_LOG_LEVEL", "warning")
+    # Kept within this environment: in a folder of all, two environments would compile over each other's work.
+    if os.access(sys.prefix, os.W_OK):
+        os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(sys.prefix, "torch_extensions"))
     # The ninja of this environment, first: another version takes what it has built for unknown and compiles again.
     own, paths = str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath).split(os.pathsep)
     os.environ["PATH"] = os.pathsep.join([own, *(path for path in paths if path != own)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -14,3 +15,12 @@ def test_deepspeed_builds_with_the_ninja_of_this_environment_whatever_stands_fir
     monkeypatch.setenv("PATH", f"/usr/bin:{own}")
     zero.ready("cpu")
     assert shutil.which("ninja") == str(own / "ninja")
+
+
+def test_what_deepspeed_builds_stays_in_this_environment_unless_another_folder_is_named(monkeypatch):
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    zero.ready("cpu")
+    assert Path(os.environ["TORCH_EXTENSIONS_DIR"]).parent == Path(sys.prefix)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/elsewhere")
+    zero.ready("cpu")
+    assert os.environ["TORCH_EXTENSIONS_DIR"] == "/elsewhere"
