@@ -40,8 +40,10 @@ class NotesConfig:
         None,
         "Ray cluster to join; null starts one on this machine, slurm one in this allocation (see slurm/notes.sbatch)",
     )
-    actors: int | None = key(None, "replicas of the model; null fills the cluster")
-    threads_per_actor: int = key(1, "CPU threads (and CPUs) of an actor")
+    replicas: str = key(
+        "auto", "replicas of the model: a number, or auto to fill the cluster, also with nodes that join"
+    )
+    threads_per_actor: int = key(1, "CPU threads (and CPUs) of an actor; a replica has one actor a shard")
     gpus_per_actor: float = key(0.0, "GPUs of an actor")
     lease: int = key(32, "notes that a dead actor costs at most")
 
@@ -54,9 +56,12 @@ class NotesConfig:
             raise ValueError("strategies: at least one is needed, for example [template]")
         for name in ("part_size", "threads_per_actor", "lease"):
             check_range(name, getattr(self, name), 1)
-        for name in ("limit", "actors"):
-            if getattr(self, name) is not None:
-                check_range(name, getattr(self, name), 1)
+        if self.limit is not None:
+            check_range("limit", self.limit, 1)
+        if self.replicas != "auto" and not (self.replicas.isdecimal() and int(self.replicas) > 0):
+            raise ValueError(f"replicas: '{self.replicas}' is not valid; it is auto or a number of at least 1")
+        if self.engine.kind == "vllm" and self.ray != "never" and self.gpus_per_actor != 1:
+            raise ValueError("gpus_per_actor: vllm needs 1 GPU for each shard; set gpus_per_actor=1")
         check_range("gpus_per_actor", self.gpus_per_actor, 0)
         check_range("max_failed_fraction", self.max_failed_fraction, 0, 1)
 
@@ -122,6 +127,12 @@ def make_plan(config: NotesConfig, table: pa.Table, revision: str) -> Plan:
 def record_of(table: pa.Table, row: int) -> dict[str, Any]:
     """One row of the records table as a dict."""
     return table.slice(row, 1).to_pylist()[0]
+
+
+def records_of(table: pa.Table, notes: Sequence[PlannedNote]) -> list[dict[str, Any]]:
+    """The records of notes of one strategy, with the columns that it reads (and id and image): a part at once."""
+    columns = list(dict.fromkeys(["record_id", "image", *notes[0].strategy.fields]))
+    return table.select(columns).take([note.row for note in notes]).to_pylist()
 
 
 def _notes_of(strategy: Strategy, config: NotesConfig, table: pa.Table, revision: str) -> Iterator[PlannedNote]:
