@@ -31,12 +31,6 @@ class Strategy:
     facts_source: str
     write: Callable[[Record], str | None] | None = None
     prompt: LoadedPrompt | None = None
-    images: str = "none"
-    options: dict[str, Any] | None = None
-
-    def realise(self, structure: dict[str, Any], record: Record) -> str:
-        """The text of an answer that is a choice among `options`."""
-        return "; ".join(f"{name}: {value}" for name, value in structure.items())
 
     def visible(self, record: Record) -> dict[str, Any]:
         """The allowed fields of the record, those that are known."""
