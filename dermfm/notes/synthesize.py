@@ -15,8 +15,7 @@ from cluster.ray import ray_session
 from dermfm.config import InputError
 from dermfm.notes import store
 from dermfm.notes.engines.protocol import Request, prepare_engine
-from dermfm.notes.plan import NotesConfig, Plan, PlannedNote, engine_of, make_plan, record_of
-from dermfm.notes.strategies import find_strategies
+from dermfm.notes.plan import NotesConfig, Plan, PlannedNote, engine_of, make_plan, record_of, strategies_of
 from dermfm.notes.write import Item, NoteWriter, Row, fixed_row, poisoned_row
 from dermfm.progress import Meter
 from dermfm.records.table import read_records
@@ -46,7 +45,7 @@ class Tally:
 
 def plan_notes(config: NotesConfig) -> tuple[Plan, pa.Table]:
     """The plan and the records table; the model is looked for first, and InputError says what is not there."""
-    strategies = find_strategies(config.strategies, config.prompts)
+    strategies = strategies_of(config)
     revision = prepare_engine(config.engine) if any(s.prompt for s in strategies) else ""
     table = read_records(config.records)
     return make_plan(config, table, revision), table
@@ -191,7 +190,7 @@ def make_item(note: PlannedNote, record: dict[str, Any], config: NotesConfig) ->
         "facts_source": strategy.facts_source,
     }
     request = Request(messages, max(len(messages) - 1, 0), fallback, note.seed)
-    return Item(request, facts if strategy.prompt else None, columns)
+    return Item(request, facts if strategy.prompt else None, columns, strategy.form(record), strategy.sees)
 
 
 def _rows_of(piece: Done) -> list[Row]:
