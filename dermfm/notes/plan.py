@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from dermfm.config import InputError, check_choice, check_range, check_share, key, short_hash
 from dermfm.notes import store
-from dermfm.notes.engines.protocol import EngineConfig
+from dermfm.notes.engines.protocol import EngineConfig, takes_images
 from dermfm.notes.strategies import Strategy, find_strategies
 from dermfm.records.table import SPLITS
 
@@ -23,7 +23,11 @@ class NotesConfig:
 
     records: str = key("???", "records.parquet")
     out: str = key("???", "folder of part-*.parquet")
-    strategies: list[str] = key(["template"], "template | label | a prompt file's name (narrative)")
+    strategies: list[str] = key(
+        ["template"],
+        "template | label | measured (no model); narrative | abcd | characteristics; with an engine that takes images "
+        "also open | native | native_blind; or the name of a prompt file",
+    )
     engine: EngineConfig = key(EngineConfig, "the model that writes prompted strategies")
     prompts: str | None = key(None, "folder of prompt files; null takes the packaged ones")
     limit: int | None = key(None, "prompted strategies write for at most so many records, spread over all classes")
@@ -105,7 +109,8 @@ def make_plan(config: NotesConfig, table: pa.Table, revision: str) -> Plan:
     again with the same batches; finished parts always stay. `revision` is the model's.
     """
     wanted: dict[str, PlannedNote] = {}
-    for strategy in find_strategies(config.strategies, config.prompts):
+    for strategy in strategies_of(config):
+        _check_measured(strategy, config, table)
         wanted |= {note.note_id: note for note in _notes_of(strategy, config, table, revision)}
     if not wanted:
         raise InputError(f"{config.records}: no record of the splits {', '.join(config.splits)} can get such a note")
@@ -124,6 +129,21 @@ def make_plan(config: NotesConfig, table: pa.Table, revision: str) -> Plan:
     return Plan(wanted, {**parts, **kept}, missing, elsewhere)
 
 
+def strategies_of(config: NotesConfig) -> list[Strategy]:
+    """The configured strategies, as the configured engine can do them."""
+    return find_strategies(config.strategies, config.prompts, lambda: takes_images(config.engine))
+
+
+def _check_measured(strategy: Strategy, config: NotesConfig, table: pa.Table) -> None:
+    """InputError where the strategy needs measured attributes and the records were written without them."""
+    lacking = [f for f in strategy.fields if f.startswith("measured_") and f not in table.column_names]
+    if lacking:
+        raise InputError(
+            f"{config.records}: has no column {lacking[0]}, which strategy '{strategy.name}' works from; "
+            "write the records with `dermfm records … measure=true`"
+        )
+
+
 def record_of(table: pa.Table, row: int) -> dict[str, Any]:
     """One row of the records table as a dict."""
     return table.slice(row, 1).to_pylist()[0]
@@ -138,10 +158,8 @@ def records_of(table: pa.Table, notes: Sequence[PlannedNote]) -> list[dict[str, 
 def _notes_of(strategy: Strategy, config: NotesConfig, table: pa.Table, revision: str) -> Iterator[PlannedNote]:
     """The strategy's notes in the order in which they are cut into parts."""
     columns = ["record_id", "dataset", "split", "label", "matched_class", *strategy.fields]
-    records = table.select(list(dict.fromkeys(columns))).to_pylist()
-    rows = [
-        i for i, record in enumerate(records) if record["split"] in config.splits and _is_eligible(strategy, record)
-    ]
+    records = table.select([name for name in dict.fromkeys(columns) if name in table.column_names]).to_pylist()
+    rows = [i for i, record in enumerate(records) if record["split"] in config.splits and strategy.is_eligible(record)]
     if strategy.prompt and config.limit is not None:
         rows = spread(records, rows, config.limit, config.seed)
     engine, model = engine_of(strategy, config.engine)
@@ -173,13 +191,6 @@ def spread(records: Sequence[Mapping[str, Any]], rows: Sequence[int], limit: int
         cells.setdefault(cell, []).append((short_hash([seed, record["record_id"]]), row))
     ranked = ((rank, hashed, row) for cell in cells.values() for rank, (hashed, row) in enumerate(sorted(cell)))
     return sorted(row for _, _, row in sorted(ranked)[:limit])
-
-
-def _is_eligible(strategy: Strategy, record: Mapping[str, Any]) -> bool:
-    if strategy.prompt is None:
-        return strategy.fallback(record) is not None
-    facts = strategy.facts(record)
-    return all(name in facts for name in strategy.prompt.prompt.requires) and bool(facts)
 
 
 def _prefix_key(strategy: Strategy, record: Mapping[str, Any], seed: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,11 @@ import pyarrow as pa
 
 from cluster.actors import Done, work_through
 from cluster.ray import ray_session
-from dermfm.config import InputError
 from dermfm.notes import store
-from dermfm.notes.engines.protocol import EngineConfig, Request, prepare_engine, takes_images
+from dermfm.notes.engines.protocol import Request, prepare_engine
 from dermfm.notes.pace import Pace
-from dermfm.notes.plan import NotesConfig, Plan, PlannedNote, engine_of, make_plan, records_of
+from dermfm.notes.plan import NotesConfig, Plan, PlannedNote, engine_of, make_plan, records_of, strategies_of
 from dermfm.notes.room import check_cluster, check_here, resources_of
-from dermfm.notes.strategies import Strategy, find_strategies
 from dermfm.notes.write import Item, NoteWriter, Row, fixed_row, poisoned_row
 from dermfm.records.table import read_records
 
@@ -51,24 +49,12 @@ class Tally:
 
 def plan_notes(config: NotesConfig) -> tuple[Plan, pa.Table]:
     """The plan and the records table; the model is looked for first, and InputError says what is not there."""
-    strategies = find_strategies(config.strategies, config.prompts)
-    asked = [s for s in strategies if engine_of(s, config.engine)[0] != "template"]
+    strategies = strategies_of(config)
     revision = prepare_engine(config.engine) if any(s.prompt for s in strategies) else ""
-    check_images(config.engine, asked)
-    if asked and config.ray == "never":
+    if config.ray == "never" and any(engine_of(s, config.engine)[0] != "template" for s in strategies):
         check_here(config.engine)
     table = read_records(config.records)
     return make_plan(config, table, revision), table
-
-
-def check_images(config: EngineConfig, strategies: Iterable[Strategy]) -> None:
-    """Raise InputError where a strategy shows the model an image and the model takes none."""
-    for strategy in strategies:
-        if strategy.images == "required" and not takes_images(config):
-            raise InputError(
-                f"strategies: '{strategy.name}' shows the model the image, which engine.model '{config.model}' "
-                f"({config.kind}) does not take; use an image-text-to-text model"
-            )
 
 
 def synthesize(config: NotesConfig, plan: Plan, table: pa.Table) -> Tally:
@@ -148,10 +134,6 @@ class _Parts:
     def _writer(self) -> NoteWriter:
         return NoteWriter(self.config.engine, self.config.repair)
 
-    @functools.cached_property
-    def _sees(self) -> bool:
-        return takes_images(self.config.engine)
-
     def _leases(self, indices: list[int]) -> Iterator[tuple[int, list[Item]]]:
         for index in indices:
             yield from ((index, chunk) for chunk in self._chunks(index))
@@ -164,8 +146,7 @@ class _Parts:
         for start in range(0, len(notes), size):
             chunk = notes[start : start + size]
             records = records_of(self.table, chunk)
-            sees = prompted and self._sees
-            yield [make_item(n, record, self.config, sees) for n, record in zip(chunk, records, strict=True)]
+            yield [make_item(note, record, self.config) for note, record in zip(chunk, records, strict=True)]
 
     def _receive(self, index: int, rows: list[Row]) -> None:
         """Take in rows of a part; the complete part is written in the plan's order."""
@@ -189,8 +170,8 @@ class _Parts:
             )
 
 
-def make_item(note: PlannedNote, record: dict[str, Any], config: NotesConfig, sees: bool = False) -> Item:
-    """What a worker needs to write one planned note. `sees`: whether the engine takes images."""
+def make_item(note: PlannedNote, record: dict[str, Any], config: NotesConfig) -> Item:
+    """What a worker needs to write one planned note."""
     strategy = note.strategy
     engine, model = engine_of(strategy, config.engine)
     facts = strategy.facts(record)
@@ -209,16 +190,10 @@ def make_item(note: PlannedNote, record: dict[str, Any], config: NotesConfig, se
         "facts_source": strategy.facts_source,
     }
     request = Request(messages, max(len(messages) - 1, 0), fallback, note.seed)
-    if engine == "template":
-        return Item(request, facts if strategy.prompt else None, columns)
-    image = str(Path(config.records).parent / record["image"]) if sees and strategy.images != "none" else None
-    request = replace(request, image=image, schema=strategy.options)
-    realise = functools.partial(_realise, strategy, strategy.visible(record)) if strategy.options else None
-    return Item(request, facts, columns, realise)
-
-
-def _realise(strategy: Strategy, record: dict[str, Any], structure: dict[str, Any]) -> str:
-    return strategy.realise(structure, record)
+    if strategy.sees:
+        request = replace(request, image=str(Path(config.records).parent / record["image"]))
+    request = replace(request, schema=strategy.options)
+    return Item(request, facts if strategy.prompt else None, columns, strategy.form(record))
 
 
 def _rows_of(piece: Done) -> list[Row]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +11,7 @@ from dermfm.notes.engines.protocol import Engine, EngineConfig, Generation, Requ
 from dermfm.notes.engines.seat import Seat
 from dermfm.notes.facts import Facts
 from dermfm.notes.repair import repair_note
+from dermfm.notes.strategies import Form
 
 Row = dict[str, Any]
 
@@ -20,13 +20,13 @@ Row = dict[str, Any]
 class Item:
     """One planned note on its way: what to ask, the facts to check it against (None: nothing to check), its columns.
 
-    `realise` turns an answer that is a choice among options into text.
+    `form` reads a structured answer (None: prose).
     """
 
     request: Request
     facts: Facts | None
     columns: Row
-    realise: Callable[[dict[str, Any]], str] | None = None
+    form: Form | None = None
 
 
 class NoteWriter:
@@ -102,13 +102,13 @@ def judge(item: Item, generation: Generation, attempt: int) -> _Draft:
     """A generation with its faults."""
     if generation.error:
         return _Draft("", attempt, (), generation.num_tokens, generation.error)
-    answer = generation.text
-    if item.realise is not None and not generation.refused:
-        answer = item.realise(json.loads(answer))
-    text = " ".join(answer.split())
-    faults = find_faults(text, item.facts) if item.facts is not None else []
-    told = {"unfinished": not generation.finished, "refusal": generation.refused}
-    faults += [fault for fault, is_so in told.items() if is_so and fault not in faults]
+    if generation.refused:
+        return _Draft("", attempt, ("refusal",), generation.num_tokens)
+    text, faults = item.form.read(generation.text) if item.form else (" ".join(generation.text.split()), [])
+    if item.facts is not None and not faults:
+        faults = find_faults(text, item.facts)
+    if not generation.finished and not item.form and "unfinished" not in faults:
+        faults.append("unfinished")
     return _Draft(text, attempt, tuple(faults), generation.num_tokens)
 
 

@@ -10,7 +10,14 @@ import pytest
 from PIL import Image
 
 from dermfm.config import InputError
-from dermfm.notes.engines.protocol import EngineConfig, Request, build_engine, prepare_engine, takes_images, weight_bytes
+from dermfm.notes.engines.protocol import (
+    EngineConfig,
+    Request,
+    build_engine,
+    prepare_engine,
+    takes_images,
+    weight_bytes,
+)
 from dermfm.notes.engines.schema import decodable, longest, settle
 
 COLOURS = ["red", "light brown", "dark brown", "blue-grey", "weiß – white"]

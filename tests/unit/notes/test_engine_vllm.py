@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import json
 import sys
 import tarfile
 from pathlib import Path
@@ -75,7 +74,7 @@ class Params:
         self.given = given
 
 
-class Dead(Exception):
+class Dead(Exception):  # noqa: N818
     pass
 
 
