@@ -74,7 +74,7 @@ class Params:
         self.given = given
 
 
-class Dead(Exception):  # noqa: N818
+class Dead(Exception):  # noqa: N818  it stands for vLLM's EngineDeadError
     pass
 
 
