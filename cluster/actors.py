@@ -1,9 +1,9 @@
 """A pool of Ray actors that work through leases; dead actors are replaced and what they held is leased again.
 
-Each replica lives in a placement group of its own. A replica holds at most one lease that it works on and one that
-waits, so memory stays flat however many leases there are. A dead replica costs the leases that it held, not more: they
-go to the front of the queue. A lease that kills its replica again and again is cut in halves until the one item that
-does it is alone; that item is given back as poisoned.
+Each replica lives in a placement group of its own (cluster/replicas.py). A replica holds at most one lease that it
+works on and one that waits, so memory stays flat however many leases there are. A dead replica costs the leases that it
+held, not more: they go to the front of the queue. A lease that kills its replica again and again is cut in halves until
+the one item that does it is alone; that item is given back as poisoned.
 """
 
 from __future__ import annotations
@@ -12,31 +12,19 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from cluster.ray import RayError
+from cluster.replicas import Replica, ReplicaLost, Resources, room_for
 
 K = TypeVar("K")
 WAITING = 2  # leases a replica: one in work, one ready behind it
 DEATHS_BEFORE_CUT = 3
 STARTS_BEFORE_GIVING_UP = 3
 POLL_S = 1.0
+LOOK_EVERY_S = 15.0  # between looks for nodes that have joined
 NOBODY_FOR_S = 600.0  # without any live replica for so long, the pool gives up
-
-
-@dataclass(frozen=True)
-class Resources:
-    """What one replica needs: CPUs and GPUs of one bundle, and threads that its process may use."""
-
-    cpus: float = 1.0
-    gpus: float = 0.0
-    threads: int = 1
-
-    @property
-    def bundle(self) -> dict[str, float]:
-        """As Ray spells it."""
-        return {"CPU": self.cpus, **({"GPU": self.gpus} if self.gpus else {})}
 
 
 @dataclass(eq=False)
@@ -60,42 +48,22 @@ class Done:
     error: str | None = None
 
 
-@dataclass(eq=False)
-class _Replica:
-    group: Any
-    actor: Any  # handle of an _Actor
-    started: Any  # reference that resolves once the worker is built
-    ready: bool = False
-    work: dict[Any, Lease] = field(default_factory=dict)
-
-
-def room_for(resources: Resources) -> int:
-    """How many replicas the cluster can hold now, node by node; RayError where not even one fits on any node."""
-    import ray
-
-    nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
-    room = sum(int(min(n.get(name, 0.0) // need for name, need in resources.bundle.items() if need)) for n in nodes)
-    if room == 0:
-        largest = max((f"{n.get('CPU', 0):g} CPUs and {n.get('GPU', 0):g} GPUs" for n in nodes), default="no nodes")
-        raise RayError(
-            f"a replica needs {resources.cpus:g} CPUs and {resources.gpus:g} GPUs; no node has them ({largest})"
-        )
-    return room
-
-
 def work_through(
     leases: Iterable[tuple[K, Sequence[Any]]],
     worker: type,
     arguments: tuple[Any, ...] = (),
     *,
-    replicas: int,
+    replicas: int | None = None,
     resources: Resources | None = None,
 ) -> Iterator[Done]:
-    """Give every lease (key, items) to one of `replicas` actors and yield what comes back, in the order it comes.
+    """Give every lease (key, items) to one of `replicas` replicas and yield what comes back, in the order it comes.
 
-    `worker(*arguments)` is built once in each actor; `worker.work(items) -> list of results, one an item`. Each item's
-    result is yielded exactly once. The actors end when the iterator is closed or exhausted. Raises RayError when
-    replicas cannot be started, and whatever `work` itself raises.
+    `worker(*arguments)` is built once in each actor; `worker.work(items) -> list of results, one an item`. Where a
+    replica has several actors, each gets `seat=(rank, world, host, port)` besides; `work` is called on rank 0 alone
+    and `follow()` on the others, which returns only when rank 0 is gone. `replicas` null fills the cluster, and
+    goes on filling it when nodes join. Each item's result is yielded exactly once. The actors end when the iterator
+    is closed or exhausted. Raises RayError when replicas cannot be started, and whatever `work` itself raises, except
+    ReplicaLost: that costs the replica, not the job.
     """
     pool = _Pool(worker, arguments, resources or Resources())
     try:
@@ -111,23 +79,38 @@ class _Pool:
         import ray
 
         self.resources, self.arguments = resources, arguments
-        self.remote = ray.remote(_Actor)
         self.worker = ray.put(worker)
-        self.replicas: list[_Replica] = []
+        self.replicas: list[Replica[Lease]] = []
         self.again: deque[Lease] = deque()
         self.failed_starts = 0
-        self.last_alive = time.monotonic()
+        self.last_alive = self.last_look = time.monotonic()
+        self.has_more = True
 
-    def run(self, leases: Iterator[tuple[Any, Sequence[Any]]], replicas: int) -> Iterator[Done]:
+    def run(self, leases: Iterator[tuple[Any, Sequence[Any]]], replicas: int | None) -> Iterator[Done]:
+        """All leases, done."""
         source: Iterator[Lease] = (Lease(key, list(items)) for key, items in leases)
-        first = list(itertools.islice(source, replicas * WAITING))
+        first = list(itertools.islice(source, (replicas or room_for(self.resources)) * WAITING))
         source = itertools.chain(first, source)
-        self.replicas = [self._start() for _ in range(min(replicas, len(first)))]
+        for _ in range(min(replicas or room_for(self.resources), len(first))):
+            self._add()
         while True:
             self._hand_out(source)
             if not any(r.work for r in self.replicas) and not self.again:
                 return
             yield from self._collect()
+            if replicas is None:
+                self._fill_cluster()
+
+    def _add(self) -> None:
+        self.replicas.append(Replica.start(self.worker, self.arguments, self.resources))
+
+    def _fill_cluster(self) -> None:
+        """A replica more for each that has room by now, while there are leases for it."""
+        if time.monotonic() - self.last_look < LOOK_EVERY_S or not self.has_more:
+            return
+        self.last_look = time.monotonic()
+        for _ in range(room_for(self.resources, at_least=0) - len(self.replicas)):
+            self._add()
 
     def _hand_out(self, source: Iterator[Lease]) -> None:
         """Fill the ready replicas, the emptiest first."""
@@ -136,8 +119,8 @@ class _Pool:
                 if replica.ready and len(replica.work) == depth and not any(w.deaths for w in replica.work.values()):
                     lease = self._next(source, alone=depth == 0)
                     if lease is not None:
-                        replica.work[replica.actor.work.remote(lease.items)] = lease
-        if not any(r.ready for r in self.replicas) and not self.again and (lease := next(source, None)) is not None:
+                        replica.work[replica.actors[0].work.remote(lease.items)] = lease
+        if not any(r.ready for r in self.replicas) and not self.again and (lease := self._draw(source)) is not None:
             self.again.append(lease)  # nothing is ready yet: keep one in hand, so that the loop goes on
 
     def _next(self, source: Iterator[Lease], alone: bool) -> Lease | None:
@@ -149,13 +132,17 @@ class _Pool:
             if alone or not lease.deaths:
                 self.again.remove(lease)
                 return lease
-        return next(source, None)
+        return self._draw(source)
+
+    def _draw(self, source: Iterator[Lease]) -> Lease | None:
+        lease = next(source, None)
+        self.has_more = lease is not None
+        return lease
 
     def _collect(self) -> Iterator[Done]:
         import ray
 
-        waiting = {r.started: r for r in self.replicas if not r.ready}
-        waiting |= {ref: r for r in self.replicas for ref in r.work}
+        waiting = {ref: r for r in self.replicas for ref in (*r.starting, *r.following, *r.work)}
         done, _ = ray.wait(list(waiting), num_returns=1, timeout=POLL_S)
         if any(r.ready for r in self.replicas):
             self.last_alive = time.monotonic()
@@ -163,36 +150,42 @@ class _Pool:
             raise RayError(f"no worker could be placed for {NOBODY_FOR_S:g} s; the cluster is full or lost its nodes")
         for ref in done:
             replica = waiting[ref]
-            if ref == replica.started and not replica.ready:
-                self._welcome(replica)
+            if ref in replica.starting:
+                self._welcome(replica, ref)
             elif ref in replica.work:
                 yield from self._take(replica, ref)
+            elif ref in replica.following:
+                yield from self._recover(replica, RuntimeError("one of the processes that hold the model ended"))
 
-    def _welcome(self, replica: _Replica) -> None:
+    def _welcome(self, replica: Replica[Lease], ref: Any) -> None:
         import ray
 
         try:
-            ray.get(replica.started)
-            replica.ready, self.failed_starts = True, 0
-        except ray.exceptions.RayActorError as error:
+            ray.get(ref)
+        except ray.exceptions.RayError as error:
             self.failed_starts += 1
             if self.failed_starts >= STARTS_BEFORE_GIVING_UP:
-                reason = " ".join(str(error).split())[-300:]
-                raise RayError(f"{self.failed_starts} workers in a row died while starting: {reason}") from error
-            self._restart(replica)
+                raise RayError(
+                    f"{self.failed_starts} workers in a row died while starting: {_reason(error)}"
+                ) from error
+            replica.restart()
+        else:
+            replica.starting.remove(ref)
+            if replica.ready:
+                self.failed_starts = 0
 
-    def _take(self, replica: _Replica, ref: Any) -> Iterator[Done]:
+    def _take(self, replica: Replica[Lease], ref: Any) -> Iterator[Done]:
         import ray
 
         try:
             results = ray.get(ref)
-        except ray.exceptions.RayActorError as error:
+        except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError, ReplicaLost) as error:
             yield from self._recover(replica, error)
             return
         lease = replica.work.pop(ref)
         yield Done(lease.key, lease.offset, results, lease.items)
 
-    def _recover(self, replica: _Replica, error: Exception) -> Iterator[Done]:
+    def _recover(self, replica: Replica[Lease], error: Exception) -> Iterator[Done]:
         """A dead replica: what it finished is kept, the lease it worked on counts a death, the next one does not."""
         import ray
 
@@ -208,7 +201,7 @@ class _Pool:
                 yield from self._lease_again(lease, error)
             else:
                 yield Done(lease.key, lease.offset, finished, lease.items)
-        self._restart(replica)
+        replica.restart()
 
     def _lease_again(self, lease: Lease, error: Exception) -> Iterator[Done]:
         if lease.deaths < DEATHS_BEFORE_CUT:
@@ -222,55 +215,15 @@ class _Pool:
             self.again.append(Lease(lease.key, lease.items[:half], lease.offset, deaths))
             self.again.append(Lease(lease.key, lease.items[half:], lease.offset + half, deaths))
 
-    def _start(self, group: Any = None) -> _Replica:
-        from ray.util.placement_group import placement_group
-        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
-        group = group or placement_group([self.resources.bundle], strategy="PACK")
-        options = self.remote.options(
-            num_cpus=self.resources.cpus,
-            num_gpus=self.resources.gpus,
-            max_restarts=0,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0),
-            runtime_env={"env_vars": _environment(self.resources.threads)},
-        )
-        actor: Any = options.remote(self.worker, self.arguments)
-        return _Replica(group, actor, actor.ready.remote())
-
-    def _restart(self, replica: _Replica) -> None:
-        """A new actor in the dead one's placement group (Ray moves the group if its node is gone)."""
-        fresh = self._start(replica.group)
-        replica.actor, replica.started, replica.ready = fresh.actor, fresh.started, False
-
     def close(self) -> None:
         """End all actors and give back their places."""
         import ray
-        from ray.util.placement_group import remove_placement_group
 
-        if not ray.is_initialized():
-            return
-        for replica in self.replicas:
-            ray.kill(replica.actor, no_restart=True)
-            remove_placement_group(replica.group)
+        if ray.is_initialized():
+            for replica in self.replicas:
+                replica.end()
 
 
-class _Actor:
-    """Holds one worker; built and called by the pool."""
-
-    def __init__(self, worker: type, arguments: tuple[Any, ...]) -> None:
-        self.worker = worker(*arguments)
-
-    def ready(self) -> bool:
-        """Answers once the worker is built."""
-        return True
-
-    def work(self, items: Sequence[Any]) -> list[Any]:
-        """One result an item."""
-        results = list(self.worker.work(items))
-        assert len(results) == len(items), "a worker must give one result an item"
-        return results
-
-
-def _environment(threads: int) -> dict[str, str]:
-    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    return {**{name: str(threads) for name in names}, "TOKENIZERS_PARALLELISM": "false"}
+def _reason(error: Exception) -> str:
+    """The last words of what a worker said, on one line."""
+    return " ".join(str(error).split())[-300:]

@@ -35,22 +35,24 @@ class Meter:
 
     def __init__(self, total: int, what: str, unit: str = "", start: int = 0) -> None:
         self.total, self.what, self.unit, self.done, self.start = total, what, unit, start, start
+        self.told = ""  # more to say beside the count, a rate for example
         self._bar: Progress | None = None
         self._began = self._last = time.monotonic()
 
     def __enter__(self) -> Meter:
         if sys.stderr.isatty():
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-            self._bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True))
+            told = TextColumn("{task.fields[told]}")
+            self._bar = Progress(*columns, TimeRemainingColumn(), told, console=Console(stderr=True))
             self._bar.start()
-            self._task = self._bar.add_task(self.what, total=self.total, completed=self.start)
+            self._task = self._bar.add_task(self.what, total=self.total, completed=self.start, told="")
         return self
 
     def advance(self, count: int = 1) -> None:
         """Count `count` more units as done."""
         self.done += count
         if self._bar is not None:
-            self._bar.update(self._task, completed=self.done)
+            self._bar.update(self._task, completed=self.done, told=self.told)
         elif time.monotonic() - self._last >= LINE_INTERVAL_S:
             self._last = time.monotonic()
             print(self.line(), file=sys.stderr, flush=True)
@@ -59,7 +61,8 @@ class Meter:
         """One plain line: what, done/total, rate, ETA."""
         rate = (self.done - self.start) / max(time.monotonic() - self._began, 1e-9)
         eta = duration((self.total - self.done) / rate) if rate > 0 else "?"
-        return f"{self.what}: {self.done}/{self.total} {self.unit} {rate:.1f}/s ETA {eta}".replace("  ", " ")
+        told = f" {self.told}" if self.told else ""
+        return f"{self.what}: {self.done}/{self.total} {self.unit} {rate:.1f}/s ETA {eta}{told}".replace("  ", " ")
 
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:

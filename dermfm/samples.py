@@ -22,6 +22,7 @@ import torch
 from dermfm.concepts import CONCEPTS, find_concepts
 from dermfm.config import InputError, nearest
 from dermfm.images import AugmentConfig, decode_image
+from dermfm.notes.mix import MIXES, lacking, resolve
 from dermfm.records.vocabulary import MALIGNANCIES, SUBCLASSES
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -201,9 +202,13 @@ def image_bytes(sample: Mapping[str, bytes]) -> bytes:
 
 
 def choose_note(notes: Sequence[Mapping[str, Any]], strategies: Mapping[str, float], rng: np.random.Generator) -> str:
-    """The text of one note: a strategy by weight among those present, then any of its notes; "" where there is none."""
+    """The text of one note: a strategy by weight among those present, then any of its notes; "" where there is none.
+
+    A mix (`dermfm.notes.mix`) divides its weight equally among its strategies, however many notes each has.
+    """
     first, second = rng.random(2).tolist()
     held = {n["strategy"] for n in notes}
+    strategies = resolve(strategies, held)
     present = [s for s in sorted(strategies) if strategies[s] > 0 and s in held]
     if not present:
         return ""
@@ -220,8 +225,11 @@ def check_strategies(strategies: Mapping[str, float], available: Iterable[str]) 
     for name, weight in strategies.items():
         if weight < 0:
             raise InputError(f"strategies.{name}: the weight {weight:g} is negative; it must be at least 0")
-        if weight > 0 and name not in names:
-            hint = nearest(name, names) if names else "the shards hold no notes at all"
+        if weight > 0 and (absent := lacking(name, names)):
+            if name in MIXES:
+                told = f"'{name}' mixes strategies, and the shards hold no note of {absent[0]}"
+                raise InputError(f"strategies: {told}; they hold {', '.join(names) or 'no notes at all'}")
+            hint = nearest(name, [*names, *MIXES]) if names else "the shards hold no notes at all"
             raise InputError(f"strategies: the shards hold no note of strategy '{name}'; {hint}")
 
 

@@ -49,11 +49,7 @@ def alone() -> Iterator[None]:
 @pytest.fixture
 def serve() -> Iterator[Callable[..., Any]]:
     """serve(folder, knows_ranges=True): a real HTTP server over a folder (tests/web.py), stopped after the test."""
-    spec = importlib.util.spec_from_file_location("web", ROOT / "tests" / "web.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = _module("web")
     servers: list[Any] = []
 
     def start(folder: Path | str, knows_ranges: bool = True) -> Any:
@@ -63,3 +59,19 @@ def serve() -> Iterator[Callable[..., Any]]:
     yield start
     for server in servers:
         server.close()
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Any:
+    """The module tests/tiny_llm.py: language models of random weights."""
+    return _module("tiny_llm")
+
+
+def _module(name: str) -> Any:
+    """A module that lies beside this file, which is on no path."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tests" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

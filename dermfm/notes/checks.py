@@ -2,209 +2,234 @@
 
 A note is held against the facts that its prompt gave, and against nothing else. The world is closed: a word that
 neither the facts nor plain narration (`terms.yaml`) accounts for is an unsupported fact, so the checks err on the
-strict side. Faults are strings "kind: detail" with the kinds of KINDS.
+strict side. Faults are strings "kind", "kind: about" or "kind: about (term)"; the kinds and what they are about:
+
+  empty                  fewer than three words
+  refusal                an apology, a remark to the asker, or talk about the note instead of a note
+  unfinished             no end of a sentence at the end
+  too long               more words than the prompt allows
+  repetition             a sentence twice
+  option                 a structured answer that is no valid structure
+  personal               a name, date, phone number, address or id that may point to a person
+  missing: FACT          a given fact is not stated
+  contradiction: FACT    a given fact is contradicted
+  self-contradiction     two statements of the note exclude each other
+  unsupported: WHAT      something is said that no given fact supports: age, sex, site, size, symptom, history,
+                         treatment, appearance, diagnosis, malignancy, number, other
 """
 
 from __future__ import annotations
 
-import functools
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from dermfm.notes.facts import Facts, terms
+from dermfm.notes import claims as said
+from dermfm.notes.claims import WORD, normalise, sentences, states_phrase, without
+from dermfm.notes.facts import APPEARANCE, Facts, split_words, terms
+from dermfm.notes.invented import personal_details, unsupported
 from dermfm.records.vocabulary import CLASS_CODES
 
-KINDS = ("empty", "refusal", "unfinished", "too long", "repetition", "missing", "contradiction", "unsupported")
-MAX_WORDS = 120
-NEGATION_REACH = 6  # words between a negation and what it negates, within one clause
-WORD = re.compile(r"[a-z0-9]+(?:['’.-][a-z0-9]+)*")
-CLAUSE_END = re.compile(r"[,;:]\s|\s(?:but|however|although)\s")
+KINDS = (
+    "empty", "refusal", "unfinished", "too long", "repetition", "option", "personal",
+    "missing", "contradiction", "self-contradiction", "unsupported",
+)  # fmt: skip
+OPPOSITE = {"symmetric": "asymmetric", "asymmetric": "symmetric"}
 
 
 @dataclass(frozen=True)
-class Claim:
-    """A term found in a text: its group (a class code, a malignancy, a sex), where it is, and whether it is negated."""
+class Rules:
+    """How a strategy's notes are judged: whether the model saw the image, and how many words a note may have."""
 
-    group: str
-    term: str
-    start: int
-    negated: bool
+    sees: bool = False
+    max_words: int = 120
 
 
-def find_faults(text: str, facts: Facts) -> list[str]:
-    """Every fault of the note `text` whose prompt gave `facts`, in reading order of KINDS; [] for a faithful note."""
-    clean = " ".join(text.lower().replace("’", "'").split())
+@dataclass(frozen=True)
+class Fault:
+    """One fault: its kind (of KINDS), what it is about, the words it was found by, the sentence (None: the whole)."""
+
+    kind: str
+    about: str = ""
+    term: str = ""
+    sentence: int | None = None
+
+    def __str__(self) -> str:
+        about = f": {self.about}" if self.about else ""
+        return f"{self.kind}{about}{f' ({self.term})' if self.term else ''}"
+
+
+def find_faults(text: str, facts: Facts, rules: Rules = Rules()) -> list[str]:  # noqa: B008  it is frozen
+    """Every fault of the note `text` whose prompt gave `facts`, as strings, each once; [] for a faithful note."""
+    return list(dict.fromkeys(map(str, examine(text, facts, rules))))
+
+
+def examine(text: str, facts: Facts, rules: Rules = Rules()) -> list[Fault]:  # noqa: B008  it is frozen
+    """Every fault of the note: those of the whole text first, then sentence by sentence."""
+    clean = normalise(text)
     if len(WORD.findall(clean)) < 3:
-        return ["empty"]
-    faults = list(_form_faults(clean))
-    faults += [f"missing: {name}" for name in facts if not states(clean, name, facts)]
-    faults += _contradictions(clean, facts)
-    faults += _unsupported(clean, facts)
-    return list(dict.fromkeys(faults))
-
-
-def sentences(text: str) -> list[str]:
-    """The text cut behind full stops, question and exclamation marks and line ends."""
-    return [s.strip() for s in re.split(r"(?<=[.!?])\s+|\n+", text.strip()) if s.strip()]
+        return [Fault("empty")]
+    faults = list(_form_faults(clean, rules))
+    faults += [Fault("missing", name) for name in facts if not states(clean, name, facts)]
+    faults += [Fault("self-contradiction", about) for about in _own_contradictions(clean, facts)]
+    for place, sentence in enumerate(sentences(text)):
+        plain = normalise(sentence)
+        found = [*_contradictions(plain, facts), *unsupported(plain, facts, rules.sees)]
+        found += [("personal", about, term) for about, term in personal_details(sentence)]
+        faults += [Fault(kind, about, term, place) for kind, about, term in found]
+    return faults
 
 
 def states(clean: str, name: str, facts: Facts) -> bool:
-    """Whether the lower-case text states the fact `name`, without a negation."""
+    """Whether the normalised text states the fact `name`, without a negation."""
     value = facts[name].lower()
     if name == "image":
         stem = "dermoscop|dermatoscop" if value == "dermoscopic" else re.escape(value)
-        return re.search(rf"\b(?:{stem})", clean) is not None
+        return re.search(rf"\b(?:{stem})(?!\w* note)", clean) is not None
     if name == "age":
-        return re.search(rf"\b{value}[- ]year|\baged? (?:of |is )?{value}\b", clean) is not None
+        return re.search(rf"\b{value}[- ]year|\bage(?:d)?:? (?:of |is |was )?{value}\b", clean) is not None
     if name == "sex":
-        return any(c.group == value for c in _claims(clean, "sex_names"))
+        return any(c.group == value for c in said.claims(clean, "sex_names"))
     if name == "malignancy":
         return any(c.group == value and not c.negated for c in _malignancy_claims(clean, facts))
-    phrase = re.escape(value)
-    return any(not _is_negated(clean, m.start()) for m in re.finditer(rf"(?<![\w-]){phrase}(?![\w-])", clean))
+    if name in ("asymmetry", "border"):
+        return value in {group for group, _ in _shape_claims(clean, facts, name)}
+    if name in ("colours", "structures"):
+        return all(_states_word(clean, word, f"{name[:-1]}_names", facts) for word in split_words(value))
+    if name == "site":
+        return states_phrase(clean, value) or any(states_phrase(clean, a) for a in terms()["site_aliases"].get(value, ()))
+    return any(states_phrase(clean, way) for way in [value, *terms()["same_diagnosis"].get(value, ())])
 
 
-def _form_faults(clean: str) -> Iterator[str]:
-    for phrase in terms()["refusals"]:
-        if re.search(rf"(?<!\w){re.escape(phrase)}", clean):
-            yield f"refusal: {phrase}"
-    if clean[-1] not in ".!?":
-        yield "unfinished"
-    if len(WORD.findall(clean)) > MAX_WORDS:
-        yield "too long"
-    said = [re.sub(r"\W+", " ", s).strip() for s in sentences(clean)]
-    if len(set(said)) < len(said):
-        yield "repetition"
+def _states_word(clean: str, word: str, names: str, facts: Facts) -> bool:
+    blank = without(clean, said.names_of(facts))
+    return any(c.group == word and not c.negated for c in said.claims(blank, names))
 
 
-def _contradictions(clean: str, facts: Facts) -> Iterator[str]:
+def _form_faults(clean: str, rules: Rules) -> Iterator[Fault]:
+    for phrase in dict.fromkeys(said.found_words(clean, "refusals")):
+        yield Fault("refusal", term=phrase)
+    if clean.rstrip("\"')")[-1:] not in (".", "!", "?"):
+        yield Fault("unfinished")
+    if len(WORD.findall(clean)) > rules.max_words:
+        yield Fault("too long")
+    told = [re.sub(r"\W+", " ", s).strip() for s in sentences(clean)]
+    told = [s for s in told if len(s.split()) > 2]
+    if len(set(told)) < len(told):
+        yield Fault("repetition")
+
+
+def _contradictions(clean: str, facts: Facts) -> Iterator[tuple[str, str, str]]:
+    for about, term in _contradicted(clean, facts):
+        yield "contradiction", about, term
+
+
+def _contradicted(clean: str, facts: Facts) -> Iterator[tuple[str, str]]:
+    """(fact, term) of what the sentence says against the given facts."""
     if "diagnosis" in facts:
-        yield from _class_contradictions(clean, facts)
-    if (given := facts.get("malignancy")) is not None:
-        for claim in _malignancy_claims(clean, facts):
-            if _opposes(claim, given):
-                yield f"contradiction: malignancy ({'not ' * claim.negated}{claim.term})"
-    if (given := facts.get("sex")) is not None:
-        for claim in _claims(clean, "sex_names"):
-            if claim.group != given:
-                yield f"contradiction: sex ({claim.term})"
-    for number in re.findall(r"\b\d+(?:\.\d+)?\b", _without(clean, facts)):
-        if "age" in facts and number != facts["age"]:
-            yield f"contradiction: age ({number})"
+        yield from (("diagnosis", term) for term in _against_diagnosis(clean, facts["diagnosis"].lower()))
+    for claim in _malignancy_claims(clean, facts) if "malignancy" in facts else ():
+        if (claim.group == facts["malignancy"]) == claim.negated:
+            yield "malignancy", f"{'not ' * claim.negated}{claim.term}"
+    for claim in said.claims(clean, "sex_names") if "sex" in facts else ():
+        if claim.group != facts["sex"]:
+            yield "sex", claim.term
+    for number in ages(clean) if "age" in facts else ():
+        if number != facts["age"]:
+            yield "age", number
+    if "site" in facts:
+        for match in said.places_pattern().finditer(clean):
+            if said.site_fault(match[0], facts["site"].lower()) == "contradiction" and not _is_idle(clean, match):
+                yield "site", match[0]
     if "image" in facts:
-        other = {"dermoscopic": r"clinical(?:ly)? (?:image|photo|picture)", "clinical": r"derm(?:at)?oscop"}
+        other = {"dermoscopic": r"\bclinical(?:ly)? (?:image|photo|picture)", "clinical": r"\bderm(?:at)?oscop"}
         if (found := re.search(other[facts["image"]], clean)) is not None:
-            yield f"contradiction: image ({found[0]})"
+            yield "image", found[0]
+    for name in ("asymmetry", "border"):
+        if name in facts:
+            yield from ((name, term) for group, term in _shape_claims(clean, facts, name) if group != facts[name])
+    for word in split_words(facts.get("structures", "")):
+        for claim in said.claims(clean, "structure_names"):
+            if claim.group == word and claim.negated:
+                yield "structures", f"not {claim.term}"
+    yield from _against_findings(clean, facts)
 
 
-def _class_contradictions(clean: str, facts: Facts) -> Iterator[str]:
-    given = facts["diagnosis"].lower()
+def _is_idle(clean: str, match: re.Match[str]) -> bool:
+    """Whether a place is named without the lesion being put there."""
+    return said.is_negated(clean, match.start()) or said.is_aside(clean, match.start())
+
+
+def _against_diagnosis(clean: str, given: str) -> Iterator[str]:
     code = class_of(given)
-    for claim in _claims(clean, "class_names"):
+    for claim in said.claims(clean, "class_names"):
         if claim.group == code and claim.negated:
-            yield f"contradiction: diagnosis (not {claim.term})"
-        elif claim.group != code and not claim.negated and claim.term not in given:
-            yield f"contradiction: diagnosis ({claim.term})"
+            yield f"not {claim.term}"
+        elif claim.group != code and not claim.negated and not claim.aside and claim.term not in given:
+            yield claim.term
+    for one, other in (("in situ", "invasive"), ("invasive", "in situ")):
+        if one in given and other not in given and states_phrase(clean, other):
+            yield other
+
+
+def _against_findings(clean: str, facts: Facts) -> Iterator[tuple[str, str]]:
+    """Proliferations are the findings' noun: another first word than the given one is another finding."""
+    if "findings" in facts:
+        for match in re.finditer(r"\b(benign|malignant|indeterminate) (?:\w+ ){0,3}proliferations?", clean):
+            if not facts["findings"].lower().startswith(match[1]):
+                yield "findings", match[0]
 
 
 def class_of(diagnosis: str) -> str | None:
     """The class code of a plain diagnosis, by the first class name of the longest match in it; None if none."""
-    claims = _claims(diagnosis.lower(), "class_names")
-    return min(claims, key=lambda c: (c.start, -len(c.term))).group if claims else None
+    found = said.claims(diagnosis.lower(), "class_names")
+    return min(found, key=lambda c: (c.start, -len(c.term))).group if found else None
 
 
-def _opposes(claim: Claim, given: str) -> bool:
-    """Whether a claim about malignancy cannot be true of a lesion of the `given` category."""
-    return claim.group == given if claim.negated else claim.group != given
+def _malignancy_claims(clean: str, facts: Facts) -> list[said.Claim]:
+    """Claims about this lesion's malignancy outside diagnosis and findings, whose own words ("cancer") claim nothing."""
+    blank = without(clean, [*said.names_of(facts), "basal cell cancer", "squamous cell cancer"])
+    blank = re.sub(r"\b(?:benign|malignant|indeterminate) (?:\w+ ){0,3}proliferations?", lambda m: "_" * len(m[0]), blank)
+    return [claim for claim in said.claims(blank, "malignancy_names") if not claim.aside]
 
 
-def _malignancy_claims(clean: str, facts: Facts) -> list[Claim]:
-    """Claims about malignancy outside the given diagnosis and findings, whose own words ("cancer") claim nothing."""
-    return _claims(_without(clean, facts), "malignancy_names")
+def _shape_claims(clean: str, facts: Facts, name: str) -> list[tuple[str, str]]:
+    """(word of the options, term) of what is claimed about `name` (asymmetry, border); a negation turns symmetry."""
+    found = []
+    for claim in said.claims(without(clean, said.names_of(facts)), f"{name}_names"):
+        if name == "asymmetry" and claim.negated:
+            found.append((OPPOSITE[claim.group], f"not {claim.term}"))
+        elif not claim.negated:
+            found.append((claim.group, claim.term))
+    return found
 
 
-def _without(clean: str, facts: Facts) -> str:
-    """The text with the given diagnosis and findings blanked out (same length)."""
-    for name in ("diagnosis", "findings"):
-        if name in facts:
-            phrase = facts[name].lower()
-            clean = re.sub(rf"(?<![\w-]){re.escape(phrase)}(?![\w-])", lambda m: "_" * len(m[0]), clean)
-    return re.sub(r"basal cell cancer|squamous cell cancer", lambda m: "_" * len(m[0]), clean)
+def ages(clean: str) -> list[str]:
+    """The numbers that are said as somebody's age."""
+    old = re.findall(r"\b(\d{1,3})[- ]years?[- ]?olds?\b|\b(\d{1,3}) years of age\b", clean)
+    aged = re.findall(r"\baged?:? (?:of |is |was )?(\d{1,3})\b", clean)
+    return [a or b for a, b in old] + aged
 
 
-def _unsupported(clean: str, facts: Facts) -> Iterator[str]:
-    given_words = _given_words(facts)
-    plain, sites, sexes = (_word_set(name) for name in ("plain_words", "site_words", "sex_names"))
-    for word in dict.fromkeys(WORD.findall(clean)):
-        word = word.removesuffix("'s").rstrip(".")
-        if word in given_words or _is_age(word, facts):
-            continue
-        if word in sites:
-            yield f"unsupported: site ({word})"
-        elif word in sexes:
-            if "sex" not in facts:
-                yield f"unsupported: sex ({word})"
-        elif word[0].isdigit():
-            yield f"unsupported: number ({word})"
-        elif word not in plain and not set(word.split("-")) <= plain | given_words:
-            yield f"unsupported: {word}"
-
-
-def _is_age(word: str, facts: Facts) -> bool:
-    return "age" in facts and word in (
-        facts["age"],
-        f"{facts['age']}-year-old",
-        f"{facts['age']}-year",
-        f"{facts['age']}-years-old",
-    )
-
-
-def _given_words(facts: Mapping[str, str]) -> set[str]:
-    """Every word of the facts' values, the accepted names of their groups, and simple plurals of them."""
-    words: set[str] = set()
-    for value in facts.values():
-        words |= set(WORD.findall(value.lower().replace("’", "'")))
-    if (given := facts.get("malignancy")) is not None:
-        names = [name for group in terms()["malignancy_names"].values() for name in group]
-        words |= {w for name in names for w in WORD.findall(name)} if given else set()
-        words |= set(terms()["negations"])
-    return words | {f"{word}s" for word in words if len(word) > 3}
-
-
-@functools.cache
-def _word_set(name: str) -> frozenset[str]:
-    """The single words of a list, or of all lists of a group, of `terms.yaml`."""
-    entry = terms()[name]
-    phrases: Iterable[str] = entry if isinstance(entry, list) else [p for group in entry.values() for p in group]
-    return frozenset(word for phrase in phrases for word in WORD.findall(str(phrase)))
-
-
-@functools.cache
-def _pattern(names: str) -> tuple[re.Pattern[str], dict[str, str]]:
-    """(one pattern for all terms of a group list, longest first; term → group)."""
-    group_of = {term: group for group, found in terms()[names].items() for term in found}
-    longest = sorted(group_of, key=len, reverse=True)
-    return re.compile(rf"(?<![\w-])(?:{'|'.join(map(re.escape, longest))})(?![\w-])"), group_of
-
-
-def _claims(clean: str, names: str) -> list[Claim]:
-    pattern, group_of = _pattern(names)
-    return [Claim(group_of[m[0]], m[0], m.start(), _is_negated(clean, m.start())) for m in pattern.finditer(clean)]
-
-
-@functools.cache
-def _negation() -> re.Pattern[str]:
-    words = "|".join(re.escape(str(n)) for n in sorted(terms()["negations"], key=len, reverse=True))
-    return re.compile(rf"(?<![\w-])(?:{words})(?![\w-])")
-
-
-def _is_negated(clean: str, start: int) -> bool:
-    """Whether a negation stands within NEGATION_REACH words before `start`, in the same sentence and clause."""
-    before = re.split(r"[.!?]\s", clean[:start])[-1]
-    before = CLAUSE_END.split(before)[-1]
-    reach = " ".join(before.split()[-NEGATION_REACH:])
-    return len(_negation().findall(reach)) % 2 == 1
+def _own_contradictions(clean: str, facts: Facts) -> Iterator[str]:
+    """What the note says two things about that cannot both be true, whatever the facts are."""
+    parts = [without(sentence, said.names_of(facts)) for sentence in sentences(clean)]
+    held = {c.group for part in parts for c in _malignancy_claims(part, facts) if not c.negated}
+    denied = {c.group for part in parts for c in _malignancy_claims(part, facts) if c.negated}
+    if len(held) > 1 or held & denied:
+        yield "malignancy"
+    classes = {c.group for s in sentences(clean) for c in said.claims(s, "class_names") if not (c.negated or c.aside)}
+    mixed = {c.group for c in said.claims(facts.get("diagnosis", "").lower(), "class_names")}
+    if len(classes) > 1 and not classes <= mixed:
+        yield "diagnosis"
+    if len({c.group for part in parts for c in said.claims(part, "sex_names")}) > 1:
+        yield "sex"
+    if len(set(ages(clean))) > 1:
+        yield "age"
+    for name in ("asymmetry", "border"):
+        if len({group for part in parts for group, _ in _shape_claims(part, facts, name)}) > 1:
+            yield name
 
 
 assert set(terms()["class_names"]) == set(CLASS_CODES), "terms.yaml must name every class"
+assert set(APPEARANCE) == {"asymmetry", "border", "colours", "structures"}, "the checks know these by name"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dermfm.config import read_yaml
+from dermfm.records.measure.columns import SHARE_COLUMNS
 
 Facts = dict[str, str]  # name → plain value, in the order of FACTS; absent where unknown or not allowed
 
@@ -22,12 +23,25 @@ FIELDS_OF: dict[str, tuple[str, ...]] = {
     "age": ("age",),
     "sex": ("sex",),
     "site": ("site",),
+    "asymmetry": ("measured_asymmetry_word",),
+    "border": ("measured_border_word",),
+    "colours": ("measured_colours",),
+    "structures": ("measured_dots", "measured_globules", "measured_structureless"),
     "diagnosis": ("subclass", "class", "matched_class"),
     "malignancy": ("malignancy",),
     "findings": ("findings",),
 }
 LABEL_FIELDS = ("label", "malignancy", "class", "subclass", "findings", "matched_class", "matched_subclass")
-VISIBLE_FIELDS = tuple(field for fields in FIELDS_OF.values() for field in fields)
+# Measured columns that texts of the strategy `measured` use beside the facts; none of them is made from the label.
+DEGREE_FIELDS = (
+    "measured_size", "measured_asymmetry", "measured_border_sharpness", "measured_border_irregularity",
+    "measured_texture", "measured_skin_tone", *SHARE_COLUMNS,
+)  # fmt: skip
+VISIBLE_FIELDS = (*(field for fields in FIELDS_OF.values() for field in fields), *DEGREE_FIELDS)
+APPEARANCE = ("asymmetry", "border", "colours", "structures")  # facts that an image shows and a table does not hold
+# From how many small blobs on, and from which flat share of the lesion's area, a structure is called present. Near the
+# medians of public dermoscopic sets, so that the word tells images apart.
+MANY_DOTS, MANY_GLOBULES, MUCH_FLAT = 60, 16, 0.25
 TERMS = Path(__file__).with_name("terms.yaml")
 
 
@@ -36,10 +50,32 @@ def visible_facts(record: Mapping[str, Any], fields: Iterable[str]) -> Facts:
     allowed = set(fields)
     facts: Facts = {}
     for name, sources in FIELDS_OF.items():
-        values = (_plain(name, record.get(field)) for field in sources if field in allowed)
+        known = [(field, record.get(field)) for field in sources if field in allowed]
+        values = [structure_words(dict(known))] if name == "structures" else (_plain(name, v) for _, v in known)
         if (value := next((v for v in values if v), None)) is not None:
             facts[name] = value
     return facts
+
+
+def structure_words(measured: Mapping[str, Any]) -> str | None:
+    """The structures that the measured counts and shares show, as words; None where none was found or measured."""
+    found = [
+        ("structureless areas", "measured_structureless", MUCH_FLAT),
+        ("dots", "measured_dots", MANY_DOTS),
+        ("globules", "measured_globules", MANY_GLOBULES),
+    ]
+    return join_words(word for word, field, least in found if (measured.get(field) or 0) >= least) or None
+
+
+def join_words(words: Iterable[str]) -> str:
+    """ "red", "red and black", "red, white and black"."""
+    *first, last = [*words] or [""]
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def split_words(value: str) -> list[str]:
+    """The words that `join_words` joined."""
+    return [word for word in re.split(r", | and ", value) if word]
 
 
 def patient(facts: Mapping[str, str]) -> str | None:
@@ -68,6 +104,14 @@ def statements(facts: Mapping[str, str]) -> dict[str, str]:
         said["age" if "age" in facts else "sex"] = f"The patient is {with_article(who)}."
     if "site" in facts:
         said["site"] = f"Site: {facts['site']}."
+    if "asymmetry" in facts:
+        said["asymmetry"] = f"The outline is {facts['asymmetry']}."
+    if "border" in facts:
+        said["border"] = f"Border: {facts['border']}."
+    if "colours" in facts:
+        said["colours"] = f"Colours: {facts['colours']}."
+    if "structures" in facts:
+        said["structures"] = f"Structures: {facts['structures']}."
     if "diagnosis" in facts:
         said["diagnosis"] = f"Diagnosis: {facts['diagnosis']}."
     if "malignancy" in facts:
@@ -89,6 +133,8 @@ def _plain(name: str, value: Any) -> str | None:
         return str(round(float(value)))
     if name == "site":
         return plain_site(str(value))
+    if isinstance(value, list | tuple):
+        return join_words(map(str, value)) or None
     return plain_diagnosis(str(value)) if name == "diagnosis" else str(value).strip()
 
 

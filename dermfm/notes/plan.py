@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from dermfm.config import InputError, check_choice, check_range, check_share, key, short_hash
 from dermfm.notes import store
-from dermfm.notes.engines.protocol import EngineConfig
+from dermfm.notes.engines.protocol import EngineConfig, takes_images
 from dermfm.notes.strategies import Strategy, find_strategies
 from dermfm.records.table import SPLITS
 
@@ -23,7 +23,11 @@ class NotesConfig:
 
     records: str = key("???", "records.parquet")
     out: str = key("???", "folder of part-*.parquet")
-    strategies: list[str] = key(["template"], "template | label | a prompt file's name (narrative)")
+    strategies: list[str] = key(
+        ["template"],
+        "template | label | measured (no model); narrative | abcd | characteristics; with an engine that takes images "
+        "also open | native | native_blind; or the name of a prompt file",
+    )
     engine: EngineConfig = key(EngineConfig, "the model that writes prompted strategies")
     prompts: str | None = key(None, "folder of prompt files; null takes the packaged ones")
     limit: int | None = key(None, "prompted strategies write for at most so many records, spread over all classes")
@@ -40,8 +44,10 @@ class NotesConfig:
         None,
         "Ray cluster to join; null starts one on this machine, slurm one in this allocation (see slurm/notes.sbatch)",
     )
-    actors: int | None = key(None, "replicas of the model; null fills the cluster")
-    threads_per_actor: int = key(1, "CPU threads (and CPUs) of an actor")
+    replicas: str = key(
+        "auto", "replicas of the model: a number, or auto to fill the cluster, also with nodes that join"
+    )
+    threads_per_actor: int = key(1, "CPU threads (and CPUs) of an actor; a replica has one actor a shard")
     gpus_per_actor: float = key(0.0, "GPUs of an actor")
     lease: int = key(32, "notes that a dead actor costs at most")
 
@@ -54,9 +60,12 @@ class NotesConfig:
             raise ValueError("strategies: at least one is needed, for example [template]")
         for name in ("part_size", "threads_per_actor", "lease"):
             check_range(name, getattr(self, name), 1)
-        for name in ("limit", "actors"):
-            if getattr(self, name) is not None:
-                check_range(name, getattr(self, name), 1)
+        if self.limit is not None:
+            check_range("limit", self.limit, 1)
+        if self.replicas != "auto" and not (self.replicas.isdecimal() and int(self.replicas) > 0):
+            raise ValueError(f"replicas: '{self.replicas}' is not valid; it is auto or a number of at least 1")
+        if self.engine.kind == "vllm" and self.ray != "never" and self.gpus_per_actor != 1:
+            raise ValueError("gpus_per_actor: vllm needs 1 GPU for each shard; set gpus_per_actor=1")
         check_range("gpus_per_actor", self.gpus_per_actor, 0)
         check_range("max_failed_fraction", self.max_failed_fraction, 0, 1)
 
@@ -100,7 +109,8 @@ def make_plan(config: NotesConfig, table: pa.Table, revision: str) -> Plan:
     again with the same batches; finished parts always stay. `revision` is the model's.
     """
     wanted: dict[str, PlannedNote] = {}
-    for strategy in find_strategies(config.strategies, config.prompts):
+    for strategy in strategies_of(config):
+        _check_measured(strategy, config, table)
         wanted |= {note.note_id: note for note in _notes_of(strategy, config, table, revision)}
     if not wanted:
         raise InputError(f"{config.records}: no record of the splits {', '.join(config.splits)} can get such a note")
@@ -119,18 +129,37 @@ def make_plan(config: NotesConfig, table: pa.Table, revision: str) -> Plan:
     return Plan(wanted, {**parts, **kept}, missing, elsewhere)
 
 
+def strategies_of(config: NotesConfig) -> list[Strategy]:
+    """The configured strategies, as the configured engine can do them."""
+    return find_strategies(config.strategies, config.prompts, lambda: takes_images(config.engine))
+
+
+def _check_measured(strategy: Strategy, config: NotesConfig, table: pa.Table) -> None:
+    """InputError where the strategy needs measured attributes and the records were written without them."""
+    lacking = [f for f in strategy.fields if f.startswith("measured_") and f not in table.column_names]
+    if lacking:
+        raise InputError(
+            f"{config.records}: has no column {lacking[0]}, which strategy '{strategy.name}' works from; "
+            "write the records with `dermfm records … measure=true`"
+        )
+
+
 def record_of(table: pa.Table, row: int) -> dict[str, Any]:
     """One row of the records table as a dict."""
     return table.slice(row, 1).to_pylist()[0]
 
 
+def records_of(table: pa.Table, notes: Sequence[PlannedNote]) -> list[dict[str, Any]]:
+    """The records of notes of one strategy, with the columns that it reads (and id and image): a part at once."""
+    columns = list(dict.fromkeys(["record_id", "image", *notes[0].strategy.fields]))
+    return table.select(columns).take([note.row for note in notes]).to_pylist()
+
+
 def _notes_of(strategy: Strategy, config: NotesConfig, table: pa.Table, revision: str) -> Iterator[PlannedNote]:
     """The strategy's notes in the order in which they are cut into parts."""
     columns = ["record_id", "dataset", "split", "label", "matched_class", *strategy.fields]
-    records = table.select(list(dict.fromkeys(columns))).to_pylist()
-    rows = [
-        i for i, record in enumerate(records) if record["split"] in config.splits and _is_eligible(strategy, record)
-    ]
+    records = table.select([name for name in dict.fromkeys(columns) if name in table.column_names]).to_pylist()
+    rows = [i for i, record in enumerate(records) if record["split"] in config.splits and strategy.is_eligible(record)]
     if strategy.prompt and config.limit is not None:
         rows = spread(records, rows, config.limit, config.seed)
     engine, model = engine_of(strategy, config.engine)
@@ -162,13 +191,6 @@ def spread(records: Sequence[Mapping[str, Any]], rows: Sequence[int], limit: int
         cells.setdefault(cell, []).append((short_hash([seed, record["record_id"]]), row))
     ranked = ((rank, hashed, row) for cell in cells.values() for rank, (hashed, row) in enumerate(sorted(cell)))
     return sorted(row for _, _, row in sorted(ranked)[:limit])
-
-
-def _is_eligible(strategy: Strategy, record: Mapping[str, Any]) -> bool:
-    if strategy.prompt is None:
-        return strategy.fallback(record) is not None
-    facts = strategy.facts(record)
-    return all(name in facts for name in strategy.prompt.prompt.requires) and bool(facts)
 
 
 def _prefix_key(strategy: Strategy, record: Mapping[str, Any], seed: int) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dermfm.notes.checks import find_faults, sentences, states
+from dermfm.notes.checks import find_faults, states
+from dermfm.notes.claims import normalise, sentences
 from dermfm.notes.facts import Facts, statements
 
 ABOUT_CONTENT = ("missing", "repetition")
@@ -20,7 +21,7 @@ def repair_note(text: str, facts: Facts) -> str | None:
     if not kept:
         return None
     said = " ".join(kept)
-    clean = " ".join(said.lower().split())
+    clean = normalise(said)
     absent = {name for name in facts if not states(clean, name, facts)}
     if {"age", "sex"} & absent:
         absent |= {"age", "sex"}

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from cluster.actors import Done, Resources, room_for, work_through
+from cluster.actors import Done, work_through
 from cluster.ray import ray_session
-from dermfm.config import InputError
 from dermfm.notes import store
 from dermfm.notes.engines.protocol import Request, prepare_engine
-from dermfm.notes.plan import NotesConfig, Plan, PlannedNote, engine_of, make_plan, record_of
-from dermfm.notes.strategies import find_strategies
+from dermfm.notes.pace import Pace
+from dermfm.notes.plan import NotesConfig, Plan, PlannedNote, engine_of, make_plan, records_of, strategies_of
+from dermfm.notes.room import check_cluster, check_here, resources_of
 from dermfm.notes.write import Item, NoteWriter, Row, fixed_row, poisoned_row
-from dermfm.progress import Meter
 from dermfm.records.table import read_records
 
 MANY = 200_000  # notes without a model from which Ray is worth its start
@@ -34,20 +35,24 @@ class Tally:
     """Counts of one run: notes by (strategy, source), errors, tokens."""
 
     made: Counter[tuple[str, str]] = field(default_factory=Counter)
+    tokens: int = 0
     errors: int = 0
     last_error: str = ""
 
     def add(self, row: Row) -> None:
         """Count one finished row."""
         self.made[row["strategy"], row["source"]] += 1
+        self.tokens += row["num_tokens"]
         if row["error"]:
             self.errors, self.last_error = self.errors + 1, f"{row['note_id']}: {row['error']}"
 
 
 def plan_notes(config: NotesConfig) -> tuple[Plan, pa.Table]:
     """The plan and the records table; the model is looked for first, and InputError says what is not there."""
-    strategies = find_strategies(config.strategies, config.prompts)
+    strategies = strategies_of(config)
     revision = prepare_engine(config.engine) if any(s.prompt for s in strategies) else ""
+    if config.ray == "never" and any(engine_of(s, config.engine)[0] != "template" for s in strategies):
+        check_here(config.engine)
     table = read_records(config.records)
     return make_plan(config, table, revision), table
 
@@ -59,10 +64,9 @@ def synthesize(config: NotesConfig, plan: Plan, table: pa.Table) -> Tally:
         return tally
     store.write_plan(config.out, plan.parts)
     on_ray = {index: _needs_ray(config, plan, index) for index in plan.missing}
-    with Meter(
-        len(plan.notes), "notes", "notes", start=len(plan.notes) - plan.num_missing - plan.num_elsewhere
-    ) as meter:
-        parts = _Parts(config, plan, table, tally, meter)
+    done = len(plan.notes) - plan.num_missing - plan.num_elsewhere
+    with Pace(config.out, len(plan.notes), done) as pace:
+        parts = _Parts(config, plan, table, tally, pace)
         for index in plan.missing:
             if not on_ray[index]:
                 parts.write_here(index)
@@ -84,24 +88,23 @@ def _needs_ray(config: NotesConfig, plan: Plan, index: int) -> bool:
     if config.ray != "auto":
         return config.ray == "always"
     engine, _ = engine_of(plan.notes[plan.parts[index][0]].strategy, config.engine)
+    if engine == "openai":  # the work is the server's; one process keeps its rate limit
+        return False
     return engine != "template" or plan.num_missing > MANY
 
 
 class _Parts:
     """Parts in the making: rows that came back wait here until their part is complete."""
 
-    def __init__(self, config: NotesConfig, plan: Plan, table: pa.Table, tally: Tally, meter: Meter) -> None:
-        self.config, self.plan, self.table, self.tally, self.meter = config, plan, table, tally, meter
+    def __init__(self, config: NotesConfig, plan: Plan, table: pa.Table, tally: Tally, pace: Pace) -> None:
+        self.config, self.plan, self.table, self.tally, self.pace = config, plan, table, tally, pace
         self.rows: dict[int, dict[str, Row]] = {}
-        self._writer: NoteWriter | None = None
 
     def write_here(self, index: int) -> None:
         """Make one part in this process."""
-        items = [self._item(note_id) for note_id in self.plan.parts[index]]
-        for start in range(0, len(items), self.config.lease):
-            chunk = items[start : start + self.config.lease]
-            rows = self._here().work(chunk) if self._is_prompted(index) else [fixed_row(item) for item in chunk]
-            self._receive(index, rows)
+        prompted = self._is_prompted(index)
+        for chunk in self._chunks(index):
+            self._receive(index, self._writer.work(chunk) if prompted else [fixed_row(item) for item in chunk])
 
     def write_on_ray(self, indices: list[int]) -> None:
         """Make the parts on the actor pool."""
@@ -109,20 +112,12 @@ class _Parts:
             return
         config = self.config
         models = any(self._is_prompted(index) for index in indices)
-        engine = config.engine if models else replace(config.engine, kind="template")
-        need = Resources(float(config.threads_per_actor), config.gpus_per_actor, config.threads_per_actor)
+        engine = config.engine if models else replace(config.engine, kind="template", tensor_parallel=1)
+        need = resources_of(config, engine)
         with ray_session(config.address, _local_cpus(config)):
-            room = room_for(need)
-            if config.actors and config.actors > room:
-                raise InputError(
-                    f"actors: {config.actors} do not fit, the cluster has room for {room}; lower it or leave it out"
-                )
+            replicas = check_cluster(config, engine, need)
             done = work_through(
-                self._leases(indices),
-                NoteWriter,
-                (engine, config.repair),
-                replicas=config.actors or room,
-                resources=need,
+                self._leases(indices), NoteWriter, (engine, config.repair), replicas=replicas, resources=need
             )
             try:
                 for piece in done:
@@ -135,19 +130,23 @@ class _Parts:
         strategy = self.plan.notes[self.plan.parts[index][0]].strategy
         return engine_of(strategy, self.config.engine)[0] != "template"
 
-    def _here(self) -> NoteWriter:
-        if self._writer is None:
-            self._writer = NoteWriter(self.config.engine, self.config.repair)
-        return self._writer
+    @functools.cached_property
+    def _writer(self) -> NoteWriter:
+        return NoteWriter(self.config.engine, self.config.repair)
 
     def _leases(self, indices: list[int]) -> Iterator[tuple[int, list[Item]]]:
         for index in indices:
-            ids = self.plan.parts[index]
-            for start in range(0, len(ids), self.config.lease):
-                yield index, [self._item(note_id) for note_id in ids[start : start + self.config.lease]]
+            yield from ((index, chunk) for chunk in self._chunks(index))
 
-    def _item(self, note_id: str) -> Item:
-        return make_item(self.plan.notes[note_id], record_of(self.table, self.plan.notes[note_id].row), self.config)
+    def _chunks(self, index: int) -> Iterator[list[Item]]:
+        """The items of a part, a lease at a time; what no model writes is cheap enough to lease the part at once."""
+        notes = [self.plan.notes[note_id] for note_id in self.plan.parts[index]]
+        prompted = self._is_prompted(index)
+        size = self.config.lease if prompted else len(notes)
+        for start in range(0, len(notes), size):
+            chunk = notes[start : start + size]
+            records = records_of(self.table, chunk)
+            yield [make_item(note, record, self.config) for note, record in zip(chunk, records, strict=True)]
 
     def _receive(self, index: int, rows: list[Row]) -> None:
         """Take in rows of a part; the complete part is written in the plan's order."""
@@ -155,7 +154,7 @@ class _Parts:
         for row in rows:
             waiting[row["note_id"]] = row
             self.tally.add(row)
-        self.meter.advance(len(rows))
+        self.pace.advance(rows)
         self._check_failures()
         ids = self.plan.parts[index]
         if len(waiting) == len(ids):
@@ -191,7 +190,10 @@ def make_item(note: PlannedNote, record: dict[str, Any], config: NotesConfig) ->
         "facts_source": strategy.facts_source,
     }
     request = Request(messages, max(len(messages) - 1, 0), fallback, note.seed)
-    return Item(request, facts if strategy.prompt else None, columns)
+    if strategy.sees:
+        request = replace(request, image=str(Path(config.records).parent / record["image"]))
+    request = replace(request, schema=strategy.options)
+    return Item(request, facts if strategy.prompt else None, columns, strategy.form(record))
 
 
 def _rows_of(piece: Done) -> list[Row]:

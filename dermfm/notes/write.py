@@ -8,27 +8,48 @@ from typing import Any
 
 from dermfm.notes.checks import find_faults
 from dermfm.notes.engines.protocol import Engine, EngineConfig, Generation, Request, build_engine
+from dermfm.notes.engines.seat import Seat
 from dermfm.notes.facts import Facts
 from dermfm.notes.repair import repair_note
+from dermfm.notes.strategies import Form
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Item:
-    """One planned note on its way: what to ask, the facts to check it against (None: nothing to check), its columns."""
+    """One planned note on its way: what to ask, the facts to check it against (None: nothing to check), its columns.
+
+    `form` reads a structured answer (None: prose).
+    """
 
     request: Request
     facts: Facts | None
     columns: Row
+    form: Form | None = None
 
 
 class NoteWriter:
-    """Writes notes in one process: an engine, and the checks behind it. The worker of the actor pool."""
+    """Writes notes in one process: an engine, and the checks behind it. The worker of the actor pool.
 
-    def __init__(self, config: EngineConfig, repair: bool = True, engine: Engine | None = None) -> None:
+    `seat` (rank, world, host, port) is this process's place among those that hold one model: rank 0 works, the others
+    follow.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        repair: bool = True,
+        engine: Engine | None = None,
+        seat: tuple[int, int, str, int] | None = None,
+    ) -> None:
         self.config, self.repair = config, repair
-        self.engine = engine or build_engine(config)
+        self.engine = engine or build_engine(config, Seat(*seat) if seat else None)
+
+    def follow(self) -> None:
+        """Do what rank 0's engine tells."""
+        engine: Any = self.engine
+        engine.follow()
 
     def work(self, items: Sequence[Item]) -> list[Row]:
         """One finished row (the columns of NOTE_SCHEMA) an item, in order."""
@@ -81,9 +102,12 @@ def judge(item: Item, generation: Generation, attempt: int) -> _Draft:
     """A generation with its faults."""
     if generation.error:
         return _Draft("", attempt, (), generation.num_tokens, generation.error)
-    text = " ".join(generation.text.split())
-    faults = find_faults(text, item.facts) if item.facts is not None else []
-    if not generation.finished and "unfinished" not in faults:
+    if generation.refused:
+        return _Draft("", attempt, ("refusal",), generation.num_tokens)
+    text, faults = item.form.read(generation.text) if item.form else (" ".join(generation.text.split()), [])
+    if item.facts is not None and not faults:
+        faults = find_faults(text, item.facts)
+    if not generation.finished and not item.form and "unfinished" not in faults:
         faults.append("unfinished")
     return _Draft(text, attempt, tuple(faults), generation.num_tokens)
 

@@ -10,8 +10,9 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from cluster.actors import Resources, room_for, work_through
+from cluster.actors import work_through
 from cluster.ray import RayError, ray_session
+from cluster.replicas import Resources, room_for
 from dermfm.notes import store
 from dermfm.notes import synthesize as job
 from dermfm.notes.plan import NotesConfig
@@ -126,7 +127,7 @@ def test_every_note_is_there_once_although_actors_die_and_texts_equal_the_undist
     path = _records(tmp_path / "records.parquet", 120)
     keys: dict[str, Any] = {"records": str(path), "strategies": ["narrative", "label"], "part_size": 25, "lease": 5}
     calm = NotesConfig(out=str(tmp_path / "calm"), ray="never", **keys)
-    rough = NotesConfig(out=str(tmp_path / "rough"), ray="always", actors=2, **keys)
+    rough = NotesConfig(out=str(tmp_path / "rough"), ray="always", replicas="2", **keys)
     for settings in (calm, rough):
         settings.engine.kind = "template"
     plan, table = plan_notes(calm)

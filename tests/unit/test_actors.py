@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 
-from cluster.actors import DEATHS_BEFORE_CUT, Lease, Resources, _Pool
+from cluster.actors import DEATHS_BEFORE_CUT, Lease, _Pool
+from cluster.replicas import Resources
 
 
 def pool():

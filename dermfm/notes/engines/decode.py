@@ -7,12 +7,14 @@ and each row samples from noise of its own seed, so that its randomness does not
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from dermfm.notes.engines.grammar import Walk
 
 SHRINK_AT = 0.75  # rows leave the batch once no more than this share of it is still being written
 
@@ -122,8 +124,13 @@ def decode(
     sampling: Sampling,
     stop: Sequence[int],
     max_new_tokens: int,
+    walk: Walk | None = None,
+    agree: Callable[[torch.Tensor], torch.Tensor] = lambda tokens: tokens,
 ) -> list[list[int]]:
     """Continue `prefix + suffix` for each row; returns the new token ids, ending with a stop token where one came.
+
+    `walk` says which tokens may come next in each row; `agree` makes all processes of a sharded model go on with the
+    same tokens.
 
     Rows are padded before their prefix and between prefix and suffix. Every suffix needs at least one token; a model
     that cannot share prefixes (`can_share_prefixes`) needs empty ones.
@@ -136,7 +143,7 @@ def decode(
     mask = torch.cat([before.to(real.dtype), real], dim=1)
     position = before.sum(dim=1, keepdim=True).long() + real.cumsum(dim=1) - 1
     cache = _joined_cache(model, prefixes, shared + width + max_new_tokens)
-    choose = _chooser(sampling, max_new_tokens, model.device)
+    choose = chooser(sampling, max_new_tokens, model.device)
     written: list[list[int]] = [[] for _ in range(rows)]
     live = list(range(rows))
     for step in range(max_new_tokens):
@@ -148,10 +155,13 @@ def decode(
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]
-        ids = choose(logits, live, step)[:, None]
+        allowed = logits if walk is None else walk.allow(logits, live)
+        ids = agree(choose(allowed, live, step))[:, None]
         for row, token in zip(live, ids[:, 0].tolist(), strict=True):
             if not (written[row] and written[row][-1] in stop):
                 written[row].append(token)
+                if walk is not None:
+                    walk.take(row, token)
         going = [k for k, row in enumerate(live) if written[row][-1] not in stop]
         if not going:
             break
@@ -165,7 +175,7 @@ def decode(
     return written
 
 
-def _chooser(sampling: Sampling, steps: int, device: torch.device) -> Any:
+def chooser(sampling: Sampling, steps: int, device: torch.device) -> Any:
     """A function (logits [b, V], rows, step) → token ids [b]."""
     if sampling.temperature == 0:
         return lambda logits, rows, step: logits.argmax(dim=-1)

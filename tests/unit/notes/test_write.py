@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from cluster.replicas import ReplicaLost
 from dermfm.notes import synthesize as job
 from dermfm.notes.engines.protocol import EngineConfig, Generation
 from dermfm.notes.plan import NotesConfig, make_plan, record_of
@@ -111,3 +112,17 @@ def test_too_many_errors_stop_the_job(records_file, tmp_path, monkeypatch):
     plan, table = plan_notes(settings)
     with pytest.raises(TooManyFailures, match="max_failed_fraction"):
         synthesize(settings, plan, table)
+
+
+def test_a_refusal_is_a_fault_and_no_text(item):
+    row = written(item, Generation("I cannot help with that.", refused=True))
+    assert (row["source"], row["faults"], row["error"]) == ("template", ["refusal"], None)
+
+
+def test_a_replica_that_is_lost_is_no_fault_of_a_request(item):
+    class Lost(Scripted):
+        def generate(self, requests):
+            raise ReplicaLost("gone")
+
+    with pytest.raises(ReplicaLost):
+        generate_surely(Lost(), [item.request] * 4)

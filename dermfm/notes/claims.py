@@ -1,0 +1,164 @@
+"""What a sentence claims: terms of `terms.yaml` found in it, whether each is negated, and whether it is of this lesion."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from dermfm.notes.facts import Facts, split_words, terms
+
+NEGATION_REACH = 6  # words between a negation and what it negates, within one clause
+HEARSAY_REACH = 8  # words between "such as", "history of" and the like and what they keep from being a claim
+WORD = re.compile(r"[a-z0-9]+(?:['.-][a-z0-9]+)*")
+CLAUSE_END = re.compile(r"[,;:]\s|\s(?:but|however|although)\s")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A term found in a text: its group (a class code, a malignancy, a colour), where it is, and how it is said.
+
+    `aside`: it speaks of lesions in general, of other people or of the past, and claims nothing of this lesion.
+    """
+
+    group: str
+    term: str
+    start: int
+    negated: bool
+    aside: bool = False
+
+
+def normalise(text: str) -> str:
+    """Lower case, single blanks, plain apostrophes and hyphens: what all patterns are written for."""
+    plain = text.lower().replace("’", "'").replace("‑", "-").replace("–", "-")
+    return " ".join(plain.split())
+
+
+def sentences(text: str) -> list[str]:
+    """The text cut behind full stops, question and exclamation marks and line ends."""
+    return [s.strip() for s in re.split(r"(?<=[.!?])\s+|\n+", text.strip()) if s.strip()]
+
+
+def claims(clean: str, names: str) -> list[Claim]:
+    """All terms of the group list `names` of `terms.yaml` in a normalised sentence, in reading order."""
+    pattern, group_of = _pattern(names)
+    return [
+        Claim(group_of[m[0]], m[0], m.start(), is_negated(clean, m.start()), is_aside(clean, m.start()))
+        for m in pattern.finditer(clean)
+    ]
+
+
+def found_words(clean: str, name: str) -> list[str]:
+    """The terms of a plain list of `terms.yaml` that the normalised sentence contains."""
+    return [m[0] for m in _list_pattern(name).finditer(clean)]
+
+
+def is_negated(clean: str, start: int) -> bool:
+    """Whether an odd number of negations stands shortly before `start`, in the same clause."""
+    return len(_list_pattern("negations").findall(_reach(clean, start, NEGATION_REACH))) % 2 == 1
+
+
+def is_aside(clean: str, start: int) -> bool:
+    """Whether words like "such as" or "history of" shortly before `start` keep the term from being a claim."""
+    before = " ".join(re.split(r"[.!?;]\s", clean[:start])[-1].split()[-HEARSAY_REACH:])
+    return _list_pattern("asides").search(before) is not None
+
+
+def _reach(clean: str, start: int, words: int) -> str:
+    before = CLAUSE_END.split(re.split(r"[.!?]\s", clean[:start])[-1])[-1]
+    return " ".join(before.split()[-words:])
+
+
+def without(clean: str, phrases: Iterable[str]) -> str:
+    """The text with the phrases (and their plurals) blanked out, same length."""
+    for phrase in phrases:
+        clean = re.sub(rf"(?<![\w-]){phrase_pattern(phrase)}(?![\w-])", lambda m: "_" * len(m[0]), clean)
+    return clean
+
+
+@functools.cache
+def phrase_pattern(phrase: str) -> str:
+    """A pattern of the phrase in lower case that lets its last word stand in the plural, and bends punctuation."""
+    escaped = r"[\s,/]+(?:and\s|or\s)?".join(re.escape(w) for w in re.split(r"[\s,/]+(?:and\s|or\s)?", phrase.lower()))
+    escaped = escaped.replace("nevus", "n(?:a?evus|a?evi)").replace("keratosis", "keratos[ei]s")
+    escaped = escaped.replace("seborrheic", "seborrh?o?eic").replace("hemangioma", "ha?emangioma")
+    return rf"{escaped}(?:s|es)?"
+
+
+def states_phrase(clean: str, phrase: str) -> bool:
+    """Whether the phrase stands in the text without a negation."""
+    pattern = rf"(?<![\w-]){phrase_pattern(phrase)}(?![\w-])"
+    return any(not is_negated(clean, m.start()) for m in re.finditer(pattern, clean))
+
+
+@functools.cache
+def word_set(name: str) -> frozenset[str]:
+    """The single words of a list, or of all lists of a group, of `terms.yaml`."""
+    return frozenset(word for phrase in phrases_of(name) for word in WORD.findall(phrase))
+
+
+def phrases_of(name: str) -> list[str]:
+    """All phrases of a list or of a group list of `terms.yaml`."""
+    entry = terms()[name]
+    return [str(p) for p in entry] if isinstance(entry, list) else [str(p) for group in entry.values() for p in group]
+
+
+def site_fault(word: str, given: str | None) -> str | None:
+    """What naming the place `word` is, with the site `given`: "contradiction", "unsupported", or None for no fault.
+
+    A place that contains the given one is true of it, a place within it is a detail that nothing supports, and any
+    other place contradicts it.
+    """
+    if given is None:
+        return "unsupported"
+    own = [w for w in split_places(given) if w in parents() or w in parents().values()]
+    if word in given.split() or not own or any(word in _line(place) for place in own):
+        return None if own or word in given.split() else "unsupported"
+    return "unsupported" if set(own) & set(_line(word)) else "contradiction"
+
+
+def split_places(site: str) -> list[str]:
+    """The places that a site names: "head, neck or face" → head, neck, face."""
+    plain = site.replace(" or ", ", ").replace("front of the ", "").replace("side of the ", "")
+    return [place.removesuffix(" area") for place in split_words(plain)]
+
+
+@functools.cache
+def parents() -> Mapping[str, str]:
+    """Place → the place that contains it."""
+    return {str(child): parent for parent, children in terms()["places"].items() for child in children}
+
+
+def _line(place: str) -> list[str]:
+    """The place and all that contain it."""
+    line = [place]
+    while (above := parents().get(line[-1])) is not None:
+        line.append(above)
+    return line
+
+
+@functools.cache
+def places_pattern() -> re.Pattern[str]:
+    """Any place of the body by name, longest first."""
+    names = sorted({*parents(), *parents().values()}, key=len, reverse=True)
+    return re.compile(rf"(?<![\w-])(?:{'|'.join(map(re.escape, names))})(?![\w-])")
+
+
+def names_of(facts: Facts) -> list[str]:
+    """The given phrases whose own words ("cancer", "blue") claim nothing beyond them."""
+    return [facts[name] for name in ("findings", "diagnosis") if name in facts]
+
+
+@functools.cache
+def _pattern(names: str) -> tuple[re.Pattern[str], dict[str, str]]:
+    """(one pattern for all terms of a group list, longest first; term → group)."""
+    group_of = {str(term): group for group, found in terms()[names].items() for term in found}
+    longest = sorted(group_of, key=len, reverse=True)
+    return re.compile(rf"(?<![\w-])(?:{'|'.join(map(re.escape, longest))})(?![\w-])"), group_of
+
+
+@functools.cache
+def _list_pattern(name: str) -> re.Pattern[str]:
+    longest = sorted(phrases_of(name), key=len, reverse=True)
+    return re.compile(rf"(?<![\w-])(?:{'|'.join(map(re.escape, longest))})(?![\w-])")

@@ -1,0 +1,133 @@
+"""Statements that no given fact supports, by what they are about; and details that may point to a person."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterator, Mapping
+
+from dermfm.notes import claims as said
+from dermfm.notes.claims import WORD, without, word_set
+from dermfm.notes.facts import Facts, split_words, terms
+
+MONTHS = "january|february|march|april|may|june|july|august|september|october|november|december"
+NUMBER = r"\d+(?:[.,]\d+)?"
+LENGTH = re.compile(
+    rf"\b{NUMBER}(?:\s?(?:x|by|×|-|to)\s?{NUMBER})*\s?-?(?:mm|cm|nm|µm|um|millimet(?:er|re)s?|centimet(?:er|re)s?|inch(?:es)?)\b"
+)
+DURATION = re.compile(r"\b(?:\d+|several|many|few|two|three|four|five|six|ten|forty) (?:years?|months?|weeks?|days?)\b(?! old| of age)")
+PERSONAL: tuple[tuple[str, re.Pattern[str]], ...] = (
+    ("name", re.compile(r"\b(?:Mr|Mrs|Ms|Miss|Dr|Prof)\b\.?|\bDear\b|\b[Nn]ame(?:d| is|:) [A-Z][a-z]+")),
+    ("date", re.compile(
+        rf"\b\d{{1,2}}(?:st|nd|rd|th)?\.? (?:of )?(?:{MONTHS}),?(?: \d{{4}})?\b|\b(?:{MONTHS}) \d{{1,4}}\b"
+        r"|\b\d{4}-\d{2}-\d{2}\b|\b\d{1,2}[./]\d{1,2}[./]\d{2,4}\b", re.IGNORECASE)),
+    ("phone", re.compile(r"(?<![\w.])\+?\d[\d ()/-]{7,}\d\b")),
+    ("address", re.compile(r"\S+@\S+\.\w+|https?://|\bwww\.")),
+    ("id", re.compile(r"\b(?:MRN|SSN|[Pp]atient (?:ID|id|number)|[Cc]ase number|ID)[:#\s]*\w*\d\w*|\b[A-Z]{2,5}[_-]\d{3,}")),
+)  # fmt: skip
+FULL_NAME = re.compile(r"(?<=[a-z,;:] )([A-Z][a-z]+) ([A-Z][a-z]+)\b")
+
+
+def personal_details(sentence: str) -> Iterator[tuple[str, str]]:
+    """(what, words) of names, dates, phone numbers, addresses and ids in a sentence as it was written."""
+    for what, pattern in PERSONAL:
+        if (found := pattern.search(sentence)) is not None:
+            yield what, found[0].strip()[:40]
+    for found in FULL_NAME.finditer(sentence):
+        if not {found[1].lower(), found[2].lower()} & _known_words():
+            yield "name", found[0]
+
+
+def unsupported(clean: str, facts: Facts, sees: bool) -> Iterator[tuple[str, str, str]]:
+    """("unsupported", what, term) for what the normalised sentence says beyond the facts.
+
+    `sees`: the model had the image, so that nothing can be said here against what it reports of the lesion's look.
+    """
+    told = [*_by_list(clean, facts), *_by_fact(clean, facts, sees)]
+    if not sees:
+        told += _appearance(clean, facts)
+    known = word_set("plain_words") | _given_words(facts) | _all_listed()
+    if sees:
+        known |= word_set("appearance_words")
+    explained = {word for _, term in told for word in WORD.findall(term)}
+    told += [("other", word) for word in _strange(clean, known | explained)]
+    yield from (("unsupported", about, term) for about, term in dict.fromkeys(told))
+
+
+def _by_list(clean: str, facts: Facts) -> Iterator[tuple[str, str]]:
+    """Sizes, symptoms, history and treatment: no fact of ours gives any, so each is unsupported, denied or not."""
+    blank = without(clean, said.names_of(facts))
+    for match in LENGTH.finditer(blank):
+        yield "size", match[0]
+    for match in DURATION.finditer(blank):
+        if not (facts.get("age") and re.match(rf"{facts['age']} years\b", match[0])):
+            yield "history", match[0]
+    for about in ("size", "symptom", "history", "treatment"):
+        yield from ((about, term) for term in said.found_words(blank, f"{about}_words"))
+    yield from (("other", term) for term in said.found_words(blank, "general_talk"))
+
+
+def _by_fact(clean: str, facts: Facts, sees: bool) -> Iterator[tuple[str, str]]:
+    """Age, sex, site, diagnosis and malignancy where they were not given; places and numbers beyond the given ones."""
+    if "age" not in facts:
+        yield from (("age", term) for term in re.findall(r"\b\d{1,3}[- ]years?[- ]?old\b|\baged? \d{1,3}\b", clean))
+        yield from (("age", term) for term in said.found_words(clean, "age_words"))
+    if "sex" not in facts:
+        yield from (("sex", claim.term) for claim in said.claims(clean, "sex_names"))
+    for match in said.places_pattern().finditer(clean):
+        if said.site_fault(match[0], facts.get("site", "").lower() or None) == "unsupported":
+            yield "site", match[0]
+    given = set(WORD.findall(facts.get("site", "").lower()))
+    blank = said.places_pattern().sub(lambda m: m[0] if " " not in m[0] else "_" * len(m[0]), clean)
+    yield from (("site", word) for word in said.found_words(blank, "side_words") if word not in given)
+    blank = without(clean, said.names_of(facts))
+    for what, names in (("diagnosis", "class_names"), ("malignancy", "malignancy_names")):
+        if what not in facts and not sees:
+            yield from ((what, c.term) for c in said.claims(blank, names) if not c.negated)
+    yield from (("other", c.term) for c in said.claims(blank, "class_names") if c.aside and "diagnosis" in facts)
+
+
+def _appearance(clean: str, facts: Facts) -> Iterator[tuple[str, str]]:
+    """What is said of the lesion's look beyond the given attributes; a structure said to be absent is no fault."""
+    blank = without(clean, said.names_of(facts))
+    for name in ("asymmetry", "border"):
+        if name not in facts:
+            yield from (("appearance", c.term) for c in said.claims(blank, f"{name}_names"))
+    for name in ("colours", "structures"):
+        given = split_words(facts.get(name, ""))
+        for claim in said.claims(blank, f"{name[:-1]}_names"):
+            plain = claim.group == "brown" and any("brown" in g for g in given)
+            if claim.group not in given and not plain and not claim.negated:
+                yield "appearance", claim.term
+    yield from (("appearance", term) for term in said.found_words(blank, "appearance_words"))
+
+
+def _strange(clean: str, known: frozenset[str] | set[str]) -> Iterator[str]:
+    for found in dict.fromkeys(WORD.findall(clean)):
+        word = found.removesuffix("'s").rstrip(".")
+        if word in known or word.removesuffix("s") in known or re.fullmatch(r"[a-d]|\d{1,3}-years?(-old)?", word):
+            continue
+        if word[0].isdigit() or not set(word.split("-")) <= known:
+            yield word
+
+
+@functools.cache
+def _all_listed() -> frozenset[str]:
+    """Words that another check judges: they are not strange, whatever that check says of them."""
+    names = ("class_names", "malignancy_names", "sex_names", "asymmetry_names", "border_names", "colour_names")
+    listed = (*names, "structure_names", "negations", "side_words", "appearance_words")
+    places = {w for place in [*said.parents(), *said.parents().values()] for w in WORD.findall(place)}
+    return frozenset(places.union(*(word_set(name) for name in listed)))
+
+
+@functools.cache
+def _known_words() -> frozenset[str]:
+    return _all_listed() | word_set("plain_words") | word_set("eponyms")
+
+
+def _given_words(facts: Mapping[str, str]) -> set[str]:
+    """Every word of the facts' values, and simple plurals of them."""
+    words = {word for value in facts.values() for word in WORD.findall(said.normalise(value))}
+    for name in ("same_diagnosis", "site_aliases"):
+        words |= {w for value in facts.values() for way in terms()[name].get(value, ()) for w in WORD.findall(way)}
+    return words | {f"{word}s" for word in words if len(word) > 3}

@@ -1,0 +1,141 @@
+"""The transformers engine on random weights: options hold whatever the model, images count, seeds decide."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import jsonschema
+import pytest
+from PIL import Image
+
+from dermfm.config import InputError
+from dermfm.notes.engines.protocol import (
+    EngineConfig,
+    Request,
+    build_engine,
+    prepare_engine,
+    takes_images,
+    weight_bytes,
+)
+from dermfm.notes.engines.schema import decodable, longest, settle
+
+COLOURS = ["red", "light brown", "dark brown", "blue-grey", "weiß – white"]
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "asymmetry": {"type": "string", "enum": ["symmetric", "asymmetric in one axis", "asymmetric in two axes"]},
+        "colours": {"type": "array", "items": {"enum": COLOURS}, "uniqueItems": True, "minItems": 1},
+        "structures": {"type": "array", "items": {"enum": ["dots", "globules"]}, "maxItems": 2},
+    },
+    "required": ["asymmetry", "colours", "structures"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def engine(tiny, tmp_path_factory):
+    folder = tiny.write_tiny_llm(tmp_path_factory.mktemp("models") / "llm")
+    return build_engine(EngineConfig(model=str(folder), max_new_tokens=8, batch_size=16, retry_temperature=3.0))
+
+
+@pytest.fixture(scope="module")
+def seeing(tiny, tmp_path_factory):
+    folder = tiny.write_tiny_vlm(tmp_path_factory.mktemp("models") / "vlm")
+    return build_engine(EngineConfig(model=str(folder), max_new_tokens=8))
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    paths = [tmp_path / "a.png", tmp_path / "b.jpg"]
+    for path, colour in zip(paths, ["red", "green"], strict=True):
+        Image.new("RGB", (60, 40), colour).save(path)
+    return [str(path) for path in paths]
+
+
+def asked(text, seed=0, **more):
+    return Request((("system", "Choose."), ("user", text)), 1, "", seed, **more)
+
+
+def test_every_answer_under_a_schema_is_valid_whatever_the_weights_and_however_short_the_limit(engine):
+    requests = [asked(f"lesion {k}", seed=k, attempt=k % 2, schema=SCHEMA) for k in range(48)]
+    answers = engine.generate(requests)
+    assert all(a.error is None and a.finished for a in answers)
+    for answer in answers:
+        jsonschema.validate(json.loads(answer.text), SCHEMA)
+    assert len({a.text for a in answers}) > 24
+
+
+def test_rows_with_and_without_options_share_a_call_and_change_nothing_for_each_other(engine):
+    mixed = [asked(f"lesion {k}", seed=k, schema=SCHEMA if k % 2 else None) for k in range(6)]
+    together = [a.text for a in engine.generate(mixed)]
+    assert together == [engine.generate([r])[0].text for r in mixed]
+    assert [t.startswith('{"asymmetry') for t in together] == [False, True] * 3
+
+
+def test_an_image_changes_the_answer_and_its_neighbours_do_not(seeing, pictures):
+    assert seeing.takes_images
+    requests = [asked("what is it " * (1 + k % 3), image=pictures[k % 2], seed=k) for k in range(4)]
+    together = [a.text for a in seeing.generate(requests)]
+    assert together == [seeing.generate([r])[0].text for r in requests]
+    swapped = [a.text for a in seeing.generate([replace(r, image=pictures[1 - k % 2]) for k, r in enumerate(requests)])]
+    assert all(a != b for a, b in zip(together, swapped, strict=True))
+    greedy = seeing.generate([replace(requests[0], seed=99)])[0].text
+    assert greedy == together[0]
+
+
+def test_images_with_options_give_valid_answers(seeing, pictures):
+    requests = [asked("?", image=pictures[k % 2], schema=SCHEMA, seed=k, attempt=1) for k in range(6)]
+    for answer in seeing.generate(requests):
+        jsonschema.validate(json.loads(answer.text), SCHEMA)
+
+
+def test_an_image_that_cannot_be_read_names_its_file(seeing, tmp_path):
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"broken\.jpg: cannot be read as an image"):
+        seeing.generate([asked("?", image=str(tmp_path / "broken.jpg"))])
+
+
+def test_what_a_model_is_can_be_said_before_it_is_loaded(engine, seeing):
+    assert not takes_images(engine.config)
+    assert takes_images(seeing.config)
+    unique = {id(p): p.numel() for p in engine.model.parameters()}
+    assert weight_bytes(engine.config) == 4 * sum(unique.values())
+    assert weight_bytes(replace(engine.config, dtype="bfloat16")) == 2 * sum(unique.values())
+    assert prepare_engine(engine.config) != prepare_engine(seeing.config)
+
+
+def test_a_damaged_model_file_is_named(tiny, tmp_path):
+    folder = tiny.write_tiny_llm(tmp_path / "llm")
+    (folder / "model.safetensors").write_bytes(b"short")
+    with pytest.raises(InputError, match=r"model\.safetensors: is no safetensors file"):
+        weight_bytes(EngineConfig(model=str(folder)))
+
+
+def test_what_decoders_get_is_bounded_and_closed():
+    plain = decodable(SCHEMA | {"required": []})
+    assert plain["required"] == ["asymmetry", "colours", "structures"]
+    assert plain["properties"]["colours"]["maxItems"] == 5
+    assert "uniqueItems" not in plain["properties"]["colours"]
+    answer = {"asymmetry": "asymmetric in one axis", "colours": [COLOURS[-1]] * 5, "structures": ["globules"] * 2}
+    assert longest(plain) >= len(json.dumps(answer))
+    assert longest({"type": "string"}) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ('{"asymmetry": "symm', "no whole JSON"),
+        ('{"asymmetry": "sharp", "colours": ["red"], "structures": []}', "asymmetry is not among the options"),
+        ('{"asymmetry": "symmetric", "colours": [], "structures": []}', "colours"),
+        ("I cannot help with that.", "no whole JSON"),
+    ],
+)
+def test_an_answer_that_is_not_among_the_options_is_told(text, told):
+    with pytest.raises(ValueError, match=told):
+        settle(SCHEMA, text)
+
+
+def test_an_option_named_twice_counts_once():
+    text = '{"asymmetry": "symmetric", "colours": ["red", "light brown", "red"], "structures": []}'
+    assert json.loads(settle(SCHEMA, text))["colours"] == ["red", "light brown"]
