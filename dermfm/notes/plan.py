@@ -155,9 +155,7 @@ def _notes_of(strategy: Strategy, config: NotesConfig, table: pa.Table, revision
     """The strategy's notes in the order in which they are cut into parts."""
     columns = ["record_id", "dataset", "split", "label", "matched_class", *strategy.fields]
     records = table.select([name for name in dict.fromkeys(columns) if name in table.column_names]).to_pylist()
-    rows = [
-        i for i, record in enumerate(records) if record["split"] in config.splits and strategy.is_eligible(record)
-    ]
+    rows = [i for i, record in enumerate(records) if record["split"] in config.splits and strategy.is_eligible(record)]
     if strategy.prompt and config.limit is not None:
         rows = spread(records, rows, config.limit, config.seed)
     engine, model = engine_of(strategy, config.engine)

@@ -190,7 +190,7 @@ def make_item(note: PlannedNote, record: dict[str, Any], config: NotesConfig) ->
         "facts_source": strategy.facts_source,
     }
     request = Request(messages, max(len(messages) - 1, 0), fallback, note.seed)
-    return Item(request, facts if strategy.prompt else None, columns, strategy.form(record), strategy.sees)
+    return Item(request, facts if strategy.prompt else None, columns, strategy.form(record), strategy.rules)
 
 
 def _rows_of(piece: Done) -> list[Row]:
