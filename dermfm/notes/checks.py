@@ -192,7 +192,7 @@ def class_of(diagnosis: str) -> str | None:
 
 
 def _malignancy_claims(clean: str, facts: Facts) -> list[said.Claim]:
-    """Claims about this lesion's malignancy outside diagnosis and findings, whose own words ("cancer") claim nothing."""
+    """Claims about this lesion's malignancy outside diagnosis and findings, whose own words claim nothing."""
     blank = without(clean, [*said.names_of(facts), "basal cell cancer", "squamous cell cancer"])
     blank = re.sub(
         r"\b(?:benign|malignant|indeterminate) (?:\w+ ){0,3}proliferations?", lambda m: "_" * len(m[0]), blank

@@ -30,7 +30,8 @@ def measured_record(record, k):
         measured_asymmetry_word=["symmetric", "asymmetric"][k % 2], measured_asymmetry=0.02 * (k % 20),
         measured_border_word=["sharp", "indistinct", "mixed"][k % 3], measured_border_irregularity=0.03 * (k % 10),
         measured_colours=[c for c in COLOURS if c in colours], measured_size=0.1 + 0.1 * (k % 9),
-        measured_dots=20 * (k % 6), measured_globules=4 * (k % 6), measured_structureless=0.1 * (k % 8), measured_texture=1.0 + k % 7,
+        measured_dots=20 * (k % 6), measured_globules=4 * (k % 6), measured_structureless=0.1 * (k % 8),
+        measured_texture=1.0 + k % 7,
         measured_skin_tone=["light", "brown", None][k % 3], measured_border_sharpness=0.5,
     )  # fmt: skip
 

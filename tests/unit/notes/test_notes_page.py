@@ -17,18 +17,18 @@ from dermfm.report.synthesis import distinct_share, self_overlap, write_notes_pa
 
 
 class Careless:
-    """An engine that adds a sentence to every second note, and a tag to every fourth."""
+    """An engine that adds a sentence to every second note, and a symptom to every fourth."""
 
     def generate(self, requests):
         from dermfm.notes.engines.protocol import Generation
 
-        more = ["", " It is rare.", "", " <b>It itches.</b>"]
+        more = ["", " It is rare.", "", " It itches."]
         return [Generation(r.fallback + more[r.seed % 4], 20) for r in requests]
 
 
 @pytest.fixture
-def folder(records_file, tmp_path):
-    path = records_file()
+def folder(records_file, record, tmp_path):
+    path = records_file([record(f"i{k}", [2, 5, 6][k % 3], findings="<i>odd</i>") for k in range(30)])
     table = read_records(path)
     config = NotesConfig(records=str(path), out=str(tmp_path / "notes"), strategies=["template", "narrative"])
     plan = make_plan(config, table, "1")
@@ -42,8 +42,8 @@ def folder(records_file, tmp_path):
 def test_the_page_shows_faults_before_and_after_and_loads_nothing(folder, tmp_path):
     page = write_notes_page(*folder, tmp_path / "page.html").read_text()
     assert not re.search(r"""(?:src|href)=["']?(?:https?:)?//""", page)
-    assert "<b>It itches" not in page
-    assert "&lt;b&gt;It itches" in page
+    assert "<i>odd" not in page
+    assert "&lt;i&gt;odd" in page
     faults = page[page.index('id="faults"') : page.index('id="content"')]
     released = faults[faults.index("released") :]
     assert re.search(r">100.0 %</td></tr>", released), "every given fact is stated in what is released"
