@@ -44,7 +44,7 @@ JOBS: dict[str, tuple[str, tuple[str, ...]]] = {
 FOLDER_JOBS = ("status", "cancel")  # `dermfm status runs/my` is `dermfm status run=runs/my`
 PIPELINE = "pipeline"
 FLAGS = ("--explain", "--dry-run", "--report", "--help", "-h")
-REPORTING = ("records",)  # jobs that take --report
+REPORTING = ("records", "notes")  # jobs that take --report
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +161,7 @@ def usage() -> str:
         "dermfm <job> [verb] [config.yaml] [key=value …] [--explain | --dry-run | --help]\n\n"
         f"Jobs\n{jobs}\n\n"
         "--explain prints every key with its value and origin; --dry-run prints what would be done;\n"
-        "records --report writes a page about the records.\n"
+        "records --report and notes --report write a page about what they made.\n"
         "Exit codes: 0 done, 1 failed, 2 bad input, 75 stopped and resumable (the same command continues)."
     )
 

@@ -1,8 +1,9 @@
 """Synthesize clinical notes for the records: one row a note in <out>/part-NNNNN.parquet.
 
-`template` and `label` need no model; prompted strategies (narrative) are written by a language model on Ray actors,
-checked against the record's facts, tried again, repaired, or replaced by the template, and each row says which.
-The same command continues what was interrupted and makes only what is missing.
+`template`, `label` and `measured` need no model; prompted strategies (narrative, abcd, characteristics; with a model
+that sees also open, native, native_blind) are written by a language model on Ray actors, checked against the facts,
+tried again, repaired, or replaced by the template, and each row says which. The same command continues what was
+interrupted and makes only what is missing. --report writes a page about the notes into the folder (report.html).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import contextlib
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 from cluster import allocation
@@ -53,6 +55,10 @@ def run(config: NotesConfig, call: Any) -> int:
     except RayError as error:
         raise InputError(f"ray: {error}") from error
     _print_summary(config, tally, time.monotonic() - began)
+    if call.report:
+        from dermfm.report.synthesis import write_notes_page
+
+        print(f"page: {write_notes_page(config, table, Path(config.out) / 'report.html')}")
     return 0
 
 

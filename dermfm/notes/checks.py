@@ -59,12 +59,12 @@ class Fault:
         return f"{self.kind}{about}{f' ({self.term})' if self.term else ''}"
 
 
-def find_faults(text: str, facts: Facts, rules: Rules = Rules()) -> list[str]:  # noqa: B008  it is frozen
+def find_faults(text: str, facts: Facts, rules: Rules = Rules()) -> list[str]:
     """Every fault of the note `text` whose prompt gave `facts`, as strings, each once; [] for a faithful note."""
     return list(dict.fromkeys(map(str, examine(text, facts, rules))))
 
 
-def examine(text: str, facts: Facts, rules: Rules = Rules()) -> list[Fault]:  # noqa: B008  it is frozen
+def examine(text: str, facts: Facts, rules: Rules = Rules()) -> list[Fault]:
     """Every fault of the note: those of the whole text first, then sentence by sentence."""
     clean = normalise(text)
     if len(WORD.findall(clean)) < 3:
@@ -72,11 +72,17 @@ def examine(text: str, facts: Facts, rules: Rules = Rules()) -> list[Fault]:  # 
     faults = list(_form_faults(clean, rules))
     faults += [Fault("missing", name) for name in facts if not states(clean, name, facts)]
     faults += [Fault("self-contradiction", about) for about in _own_contradictions(clean, facts)]
-    for place, sentence in enumerate(sentences(text)):
+    people = [personal_details(sentence) for sentence in sentences(text)]
+    for place, (sentence, person) in enumerate(zip(sentences(text), people, strict=True)):
         plain = normalise(sentence)
-        found = [*_contradictions(plain, facts), *unsupported(plain, facts, rules.sees)]
-        found += [("personal", about, term) for about, term in personal_details(sentence)]
-        faults += [Fault(kind, about, term, place) for kind, about, term in found]
+        is_talk = bool(person or said.found_words(plain, "refusals"))  # its odd words are names or the talk itself
+        found = [("contradiction", about, term) for about, term in _contradicted(plain, facts)]
+        wrong = {word for _, _, term in found for word in WORD.findall(term)}
+        more = unsupported(plain, facts, rules.sees, is_talk)
+        found += [fault for fault in more if fault[1] != "other" or fault[2] not in wrong]
+        found += [("personal", about, term) for about, term in person]
+        names = set(re.findall(r"\b[A-Z][a-z]+", sentence)) if any(people) else set()
+        faults += [Fault(k, a, t, place) for k, a, t in found if not (a == "other" and t.capitalize() in names)]
     return faults
 
 
@@ -84,8 +90,10 @@ def states(clean: str, name: str, facts: Facts) -> bool:
     """Whether the normalised text states the fact `name`, without a negation."""
     value = facts[name].lower()
     if name == "image":
-        stem = "dermoscop|dermatoscop" if value == "dermoscopic" else re.escape(value)
-        return re.search(rf"\b(?:{stem})(?!\w* note)", clean) is not None
+        stem = (
+            r"derm(?:at)?oscop" if value == "dermoscopic" else rf"{re.escape(value)}(?!\w* (?:note|significan|issue))"
+        )
+        return re.search(rf"\b{stem}", clean) is not None
     if name == "age":
         return re.search(rf"\b{value}[- ]year|\bage(?:d)?:? (?:of |is |was )?{value}\b", clean) is not None
     if name == "sex":
@@ -97,7 +105,9 @@ def states(clean: str, name: str, facts: Facts) -> bool:
     if name in ("colours", "structures"):
         return all(_states_word(clean, word, f"{name[:-1]}_names", facts) for word in split_words(value))
     if name == "site":
-        return states_phrase(clean, value) or any(states_phrase(clean, a) for a in terms()["site_aliases"].get(value, ()))
+        return states_phrase(clean, value) or any(
+            states_phrase(clean, a) for a in terms()["site_aliases"].get(value, ())
+        )
     return any(states_phrase(clean, way) for way in [value, *terms()["same_diagnosis"].get(value, ())])
 
 
@@ -114,14 +124,9 @@ def _form_faults(clean: str, rules: Rules) -> Iterator[Fault]:
     if len(WORD.findall(clean)) > rules.max_words:
         yield Fault("too long")
     told = [re.sub(r"\W+", " ", s).strip() for s in sentences(clean)]
-    told = [s for s in told if len(s.split()) > 2]
+    told = [s for s in told if len(s.split()) > 3]
     if len(set(told)) < len(told):
         yield Fault("repetition")
-
-
-def _contradictions(clean: str, facts: Facts) -> Iterator[tuple[str, str, str]]:
-    for about, term in _contradicted(clean, facts):
-        yield "contradiction", about, term
 
 
 def _contradicted(clean: str, facts: Facts) -> Iterator[tuple[str, str]]:
@@ -138,7 +143,7 @@ def _contradicted(clean: str, facts: Facts) -> Iterator[tuple[str, str]]:
         if number != facts["age"]:
             yield "age", number
     if "site" in facts:
-        for match in said.places_pattern().finditer(clean):
+        for match in said.places_pattern().finditer(said.without_idle(clean)):
             if said.site_fault(match[0], facts["site"].lower()) == "contradiction" and not _is_idle(clean, match):
                 yield "site", match[0]
     if "image" in facts:
@@ -187,9 +192,11 @@ def class_of(diagnosis: str) -> str | None:
 
 
 def _malignancy_claims(clean: str, facts: Facts) -> list[said.Claim]:
-    """Claims about this lesion's malignancy outside diagnosis and findings, whose own words ("cancer") claim nothing."""
+    """Claims about this lesion's malignancy outside diagnosis and findings, whose own words claim nothing."""
     blank = without(clean, [*said.names_of(facts), "basal cell cancer", "squamous cell cancer"])
-    blank = re.sub(r"\b(?:benign|malignant|indeterminate) (?:\w+ ){0,3}proliferations?", lambda m: "_" * len(m[0]), blank)
+    blank = re.sub(
+        r"\b(?:benign|malignant|indeterminate) (?:\w+ ){0,3}proliferations?", lambda m: "_" * len(m[0]), blank
+    )
     return [claim for claim in said.claims(blank, "malignancy_names") if not claim.aside]
 
 

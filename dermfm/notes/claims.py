@@ -1,4 +1,4 @@
-"""What a sentence claims: terms of `terms.yaml` found in it, whether each is negated, and whether it is of this lesion."""
+"""What a sentence claims: terms of `terms.yaml` in it, whether each is negated, and whether it is of this lesion."""
 
 from __future__ import annotations
 
@@ -74,6 +74,13 @@ def without(clean: str, phrases: Iterable[str]) -> str:
     """The text with the phrases (and their plurals) blanked out, same length."""
     for phrase in phrases:
         clean = re.sub(rf"(?<![\w-]){phrase_pattern(phrase)}(?![\w-])", lambda m: "_" * len(m[0]), clean)
+    return clean
+
+
+def without_idle(clean: str) -> str:
+    """The text without phrases in which the name of a place names no place of this lesion ("naked eye")."""
+    for name in ("idle_phrases", "history_words"):
+        clean = _list_pattern(name).sub(lambda m: "_" * len(m[0]), clean)
     return clean
 
 

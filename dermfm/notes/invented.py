@@ -15,7 +15,9 @@ NUMBER = r"\d+(?:[.,]\d+)?"
 LENGTH = re.compile(
     rf"\b{NUMBER}(?:\s?(?:x|by|×|-|to)\s?{NUMBER})*\s?-?(?:mm|cm|nm|µm|um|millimet(?:er|re)s?|centimet(?:er|re)s?|inch(?:es)?)\b"
 )
-DURATION = re.compile(r"\b(?:\d+|several|many|few|two|three|four|five|six|ten|forty) (?:years?|months?|weeks?|days?)\b(?! old| of age)")
+DURATION = re.compile(
+    r"\b(?:\d+|several|many|few|two|three|four|five|six|ten|forty) (?:years?|months?|weeks?|days?)\b(?! old| of age)"
+)
 PERSONAL: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("name", re.compile(r"\b(?:Mr|Mrs|Ms|Miss|Dr|Prof)\b\.?|\bDear\b|\b[Nn]ame(?:d| is|:) [A-Z][a-z]+")),
     ("date", re.compile(
@@ -23,25 +25,25 @@ PERSONAL: tuple[tuple[str, re.Pattern[str]], ...] = (
         r"|\b\d{4}-\d{2}-\d{2}\b|\b\d{1,2}[./]\d{1,2}[./]\d{2,4}\b", re.IGNORECASE)),
     ("phone", re.compile(r"(?<![\w.])\+?\d[\d ()/-]{7,}\d\b")),
     ("address", re.compile(r"\S+@\S+\.\w+|https?://|\bwww\.")),
-    ("id", re.compile(r"\b(?:MRN|SSN|[Pp]atient (?:ID|id|number)|[Cc]ase number|ID)[:#\s]*\w*\d\w*|\b[A-Z]{2,5}[_-]\d{3,}")),
+    ("id", re.compile(r"\b(?:MRN|SSN|[Pp]atient (?:ID|id|number)|[Cc]ase number|ID)[:#\s]*\w*\d\w*")),
+    ("id", re.compile(r"\b[A-Z]{2,5}[_-]\d{3,}")),
 )  # fmt: skip
+PORTION = r"(?:portion|part|half|side|edge|border|margin|pole)\b(?! of (?:his|her|their|the patient))"
 FULL_NAME = re.compile(r"(?<=[a-z,;:] )([A-Z][a-z]+) ([A-Z][a-z]+)\b")
 
 
-def personal_details(sentence: str) -> Iterator[tuple[str, str]]:
+def personal_details(sentence: str) -> list[tuple[str, str]]:
     """(what, words) of names, dates, phone numbers, addresses and ids in a sentence as it was written."""
-    for what, pattern in PERSONAL:
-        if (found := pattern.search(sentence)) is not None:
-            yield what, found[0].strip()[:40]
-    for found in FULL_NAME.finditer(sentence):
-        if not {found[1].lower(), found[2].lower()} & _known_words():
-            yield "name", found[0]
+    told = [(what, f[0].strip()[:40]) for what, pattern in PERSONAL if (f := pattern.search(sentence)) is not None]
+    names = FULL_NAME.finditer(sentence)
+    return told + [("name", n[0]) for n in names if not {n[1].lower(), n[2].lower()} & _known_words()]
 
 
-def unsupported(clean: str, facts: Facts, sees: bool) -> Iterator[tuple[str, str, str]]:
+def unsupported(clean: str, facts: Facts, sees: bool = False, is_talk: bool = False) -> Iterator[tuple[str, str, str]]:
     """("unsupported", what, term) for what the normalised sentence says beyond the facts.
 
     `sees`: the model had the image, so that nothing can be said here against what it reports of the lesion's look.
+    `is_talk`: the sentence is at fault as a whole already, and its odd words say nothing more.
     """
     told = [*_by_list(clean, facts), *_by_fact(clean, facts, sees)]
     if not sees:
@@ -50,13 +52,14 @@ def unsupported(clean: str, facts: Facts, sees: bool) -> Iterator[tuple[str, str
     if sees:
         known |= word_set("appearance_words")
     explained = {word for _, term in told for word in WORD.findall(term)}
-    told += [("other", word) for word in _strange(clean, known | explained)]
+    told += [("other", word) for word in _strange(clean, known | explained) if not is_talk]
     yield from (("unsupported", about, term) for about, term in dict.fromkeys(told))
 
 
 def _by_list(clean: str, facts: Facts) -> Iterator[tuple[str, str]]:
     """Sizes, symptoms, history and treatment: no fact of ours gives any, so each is unsupported, denied or not."""
     blank = without(clean, said.names_of(facts))
+    blank = re.sub(r"\b(?:large|small) (?:amount|number|part)s?\b", lambda m: "_" * len(m[0]), blank)
     for match in LENGTH.finditer(blank):
         yield "size", match[0]
     for match in DURATION.finditer(blank):
@@ -74,17 +77,32 @@ def _by_fact(clean: str, facts: Facts, sees: bool) -> Iterator[tuple[str, str]]:
         yield from (("age", term) for term in said.found_words(clean, "age_words"))
     if "sex" not in facts:
         yield from (("sex", claim.term) for claim in said.claims(clean, "sex_names"))
-    for match in said.places_pattern().finditer(clean):
+    for match in said.places_pattern().finditer(said.without_idle(clean)):
         if said.site_fault(match[0], facts.get("site", "").lower() or None) == "unsupported":
             yield "site", match[0]
     given = set(WORD.findall(facts.get("site", "").lower()))
-    blank = said.places_pattern().sub(lambda m: m[0] if " " not in m[0] else "_" * len(m[0]), clean)
-    yield from (("site", word) for word in said.found_words(blank, "side_words") if word not in given)
+    for word in said.found_words(_without_other_places(clean, facts), "side_words"):
+        if word not in given:
+            yield "site", word
     blank = without(clean, said.names_of(facts))
     for what, names in (("diagnosis", "class_names"), ("malignancy", "malignancy_names")):
         if what not in facts and not sees:
             yield from ((what, c.term) for c in said.claims(blank, names) if not c.negated)
     yield from (("other", c.term) for c in said.claims(blank, "class_names") if c.aside and "diagnosis" in facts)
+
+
+def _without_other_places(clean: str, facts: Facts) -> str:
+    """The sentence without place names of several words, without sides of a place that contradicts ("left ear"), and
+    without sides of the lesion itself."""
+    site = facts.get("site", "").lower() or None
+
+    def blank(match: re.Match[str]) -> str:
+        if said.site_fault(match["place"], site) == "contradiction":
+            return "_" * len(match[0])
+        return match[0].replace(match["place"], "_" * len(match["place"])) if " " in match["place"] else match[0]
+
+    places = re.sub(rf"(?:\b(?:left|right|upper|lower) )?(?P<place>{said.places_pattern().pattern})", blank, clean)
+    return re.sub(rf"\b\w+ {PORTION}", lambda m: "_" * len(m[0]), places)
 
 
 def _appearance(clean: str, facts: Facts) -> Iterator[tuple[str, str]]:
@@ -99,7 +117,10 @@ def _appearance(clean: str, facts: Facts) -> Iterator[tuple[str, str]]:
             plain = claim.group == "brown" and any("brown" in g for g in given)
             if claim.group not in given and not plain and not claim.negated:
                 yield "appearance", claim.term
-    yield from (("appearance", term) for term in said.found_words(blank, "appearance_words"))
+    own = _given_words(facts)
+    yield from (("appearance", term) for term in said.found_words(blank, "appearance_words") if term not in own)
+    sides = "|".join(terms()["side_words"])
+    yield from (("appearance", term) for term in re.findall(rf"\b(?:{sides}) {PORTION}", blank))
 
 
 def _strange(clean: str, known: frozenset[str] | set[str]) -> Iterator[str]:

@@ -13,6 +13,7 @@ picture, and the facts that were measured from it are left out: the model is to 
 from __future__ import annotations
 
 import functools
+import json
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -32,6 +33,7 @@ from dermfm.notes.facts import (
     Facts,
     join_words,
     patient,
+    split_words,
     with_article,
 )
 from dermfm.notes.options import Option, Structure, json_schema
@@ -87,7 +89,9 @@ class Prompt:
         if self.options and not self.realise:
             raise ValueError("realise: options need at least one wording that turns them into text")
         if not self.user and not self.realise:
-            raise ValueError("user: a prompt needs a user message (or wordings in `realise`, for notes without a model)")
+            raise ValueError(
+                "user: a prompt needs a user message (or wordings in `realise`, for notes without a model)"
+            )
         for field in self.fields:
             if field not in VISIBLE_FIELDS:
                 raise ValueError(f"fields: a prompt cannot see '{field}'; {nearest(field, VISIBLE_FIELDS)}")
@@ -148,7 +152,7 @@ class LoadedPrompt:
 
     def realise(self, structure: Structure, facts: Facts, visible: Mapping[str, Any], seed: int) -> str:
         """The text of a structure: a wording, and the words within it, picked by `seed`."""
-        chance = random.Random(seed)  # noqa: S311  wording, not secrets
+        chance = random.Random(seed)
         template = chance.choice(self.prompt.realise)
         more = {"s": structure, "measured": _degrees(visible), "pick": chance.choice, "shuffled": _shuffler(chance)}
         return " ".join(_render(self.name, template, facts, sees=self.sees, **more).split())
@@ -223,6 +227,7 @@ def _environment() -> SandboxedEnvironment:
     environment.filters["a"] = with_article
     environment.filters["cap"] = lambda text: text[:1].upper() + text[1:]
     environment.filters["words"] = join_words
+    environment.filters["listed"] = lambda value: json.dumps(split_words(value or ""))
     return environment
 
 

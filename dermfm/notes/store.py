@@ -35,8 +35,13 @@ NOTE_SCHEMA = pa.schema(
         pa.field("faults", pa.list_(pa.string()), nullable=False),
         pa.field("num_tokens", pa.int32(), nullable=False),
         pa.field("error", pa.string()),
+        pa.field("first_faults", pa.list_(pa.string())),
+        pa.field("seconds", pa.float32()),
     ]
 )
+# Faults of the model's first answer, and the seconds that all tries took (a note's share of its batches); null in
+# notes of earlier versions and where no model wrote.
+LATER_COLUMNS = ("first_faults", "seconds")
 NOTE_COLUMNS: list[str] = NOTE_SCHEMA.names
 PLAN_SCHEMA = pa.schema([pa.field("note_id", pa.string()), pa.field("part", pa.int32())])
 PART_NAME = re.compile(r"part-(\d{5,})\.parquet")
@@ -107,11 +112,15 @@ def _read_part(path: Path, columns: list[str]) -> pa.Table:
     except (pa.ArrowInvalid, OSError) as error:
         raise InputError(f"{path}: cannot be read ({error}); delete it and run `dermfm notes` again") from error
     with file:
-        missing = [name for name in columns if name not in file.schema_arrow.names]
+        absent = [name for name in columns if name not in file.schema_arrow.names]
+        missing = [name for name in absent if name not in LATER_COLUMNS]
         if missing:
             raise InputError(f"{path}: lacks the column '{missing[0]}'; it was not written by `dermfm notes`")
         schema = pa.schema([NOTE_SCHEMA.field(name) for name in columns])
-        return file.read(columns).select(columns).cast(schema)
+        table = file.read([name for name in columns if name not in absent])
+        for name in absent:
+            table = table.append_column(name, pa.nulls(table.num_rows, NOTE_SCHEMA.field(name).type))
+        return table.select(columns).cast(schema)
 
 
 def _write(table: pa.Table, path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dermfm.config import InputError, nearest, short_hash
+from dermfm.notes.checks import Rules
 from dermfm.notes.facts import Facts, facts_note, plain_diagnosis, split_words, visible_facts
 from dermfm.notes.mix import MIXES
 from dermfm.notes.options import Structure, read_structure
@@ -44,6 +45,11 @@ class Strategy:
     def sees(self) -> bool:
         """Whether the model gets the image."""
         return self.prompt is not None and self.prompt.sees
+
+    @property
+    def rules(self) -> Rules:
+        """How its notes are judged."""
+        return Rules(self.sees, self.prompt.prompt.max_words) if self.prompt else Rules()
 
     def visible(self, record: Record) -> dict[str, Any]:
         """The allowed fields of the record, those that are known."""

@@ -193,7 +193,7 @@ def make_item(note: PlannedNote, record: dict[str, Any], config: NotesConfig) ->
     if strategy.sees:
         request = replace(request, image=str(Path(config.records).parent / record["image"]))
     request = replace(request, schema=strategy.options)
-    return Item(request, facts if strategy.prompt else None, columns, strategy.form(record))
+    return Item(request, facts if strategy.prompt else None, columns, strategy.form(record), strategy.rules)
 
 
 def _rows_of(piece: Done) -> list[Row]:

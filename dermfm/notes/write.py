@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from dermfm.notes.checks import find_faults
+from dermfm.notes.checks import Rules, find_faults
 from dermfm.notes.engines.protocol import Engine, EngineConfig, Generation, Request, build_engine
 from dermfm.notes.engines.seat import Seat
 from dermfm.notes.facts import Facts
@@ -20,13 +21,14 @@ Row = dict[str, Any]
 class Item:
     """One planned note on its way: what to ask, the facts to check it against (None: nothing to check), its columns.
 
-    `form` reads a structured answer (None: prose).
+    `form` reads a structured answer (None: prose), `rules` say how the text is judged.
     """
 
     request: Request
     facts: Facts | None
     columns: Row
     form: Form | None = None
+    rules: Rules = field(default_factory=Rules)
 
 
 class NoteWriter:
@@ -58,8 +60,11 @@ class NoteWriter:
         for attempt in range(self.config.attempts if failed else 0):
             chosen = list(failed)
             requests = [replace(items[i].request, attempt=attempt) for i in chosen]
-            for i, generation in zip(chosen, generate_surely(self.engine, requests), strict=True):
-                draft = judge(items[i], generation, attempt)
+            began = time.perf_counter()
+            answers = generate_surely(self.engine, requests)
+            share = (time.perf_counter() - began) / len(requests)
+            for i, generation in zip(chosen, answers, strict=True):
+                draft = judge(items[i], generation, attempt).after(failed[i][0], share)
                 if not draft.faults and not draft.error:
                     rows[i] = self._row(items[i], draft, "regenerated" if attempt else self._first_source())
                     del failed[i]
@@ -77,14 +82,15 @@ class NoteWriter:
     def _rescue(self, item: Item, draft: _Draft) -> Row:
         """Repair the best try, or take the template; the faults of the try stay in the row."""
         if self.repair and item.facts is not None and not draft.error:
-            mended = repair_note(draft.text, item.facts)
+            mended = repair_note(draft.text, item.facts, item.rules)
             if mended is not None:
                 return self._row(item, replace(draft, text=mended), "repaired")
         return self._row(item, replace(draft, text=item.request.fallback), "template")
 
     def _row(self, item: Item, draft: _Draft, source: str) -> Row:
         found = {"attempt": draft.attempt, "text": draft.text, "source": source, "faults": list(draft.faults)}
-        return {**item.columns, **found, "num_tokens": draft.num_tokens, "error": draft.error}
+        cost = {"num_tokens": draft.num_tokens, "seconds": draft.seconds}
+        return {**item.columns, **found, **cost, "error": draft.error, "first_faults": list(draft.first)}
 
 
 @dataclass(frozen=True)
@@ -96,6 +102,13 @@ class _Draft:
     faults: tuple[str, ...] = ("empty",)
     num_tokens: int = 0
     error: str | None = None
+    first: tuple[str, ...] = ()  # faults of the first try
+    seconds: float = 0.0  # of all tries so far
+
+    def after(self, before: _Draft, seconds: float) -> _Draft:
+        """This try as the one that followed `before` and took `seconds`."""
+        first = before.first if self.attempt else self.faults
+        return replace(self, first=first, seconds=before.seconds + seconds)
 
 
 def judge(item: Item, generation: Generation, attempt: int) -> _Draft:
@@ -106,7 +119,7 @@ def judge(item: Item, generation: Generation, attempt: int) -> _Draft:
         return _Draft("", attempt, ("refusal",), generation.num_tokens)
     text, faults = item.form.read(generation.text) if item.form else (" ".join(generation.text.split()), [])
     if item.facts is not None and not faults:
-        faults = find_faults(text, item.facts)
+        faults = find_faults(text, item.facts, item.rules)
     if not generation.finished and not item.form and "unfinished" not in faults:
         faults.append("unfinished")
     return _Draft(text, attempt, tuple(faults), generation.num_tokens)
@@ -116,7 +129,7 @@ def fixed_row(item: Item) -> Row:
     """The row of a note that no model writes, or that a model must not be asked for again."""
     text = item.request.fallback
     found = {"attempt": 0, "text": text, "source": "template", "faults": [], "num_tokens": len(text.split())}
-    return {**item.columns, **found, "error": None}
+    return {**item.columns, **found, "error": None, "first_faults": None, "seconds": None}
 
 
 def poisoned_row(item: Item, error: str) -> Row:
@@ -139,5 +152,6 @@ def generate_surely(engine: Engine, requests: Sequence[Request]) -> list[Generat
 def _better(before: _Draft, now: _Draft) -> _Draft:
     """The try with fewer faults; the earlier one on a tie. A try with an error loses against one without."""
     if now.error or (before.faults != ("empty",) and not before.error and len(before.faults) <= len(now.faults)):
-        return replace(before, error=now.error) if before.faults == ("empty",) else before
+        kept = replace(before, error=now.error) if before.faults == ("empty",) else before
+        return replace(kept, first=now.first, seconds=now.seconds)
     return now

@@ -282,3 +282,31 @@ def test_real_images_decode_to_what_pil_shows(shared_data):
             square = image.convert("RGB").crop((left, top, left + side, top + side))
             expected = np.asarray(square.resize((112, 112), Image.Resampling.BICUBIC)).astype(int)
         assert np.abs(found - expected).mean() < 3, path
+
+
+def test_a_mix_draws_its_strategies_equally_however_many_notes_each_has():
+    held = [{"strategy": "abcd", "text": f"a{k}"} for k in range(9)] + [{"strategy": "characteristics", "text": "c"}]
+    held.append({"strategy": "template", "text": "t"})
+    generator = np.random.default_rng(0)
+    counts = Counter(choose_note(held, {"meta": 1}, generator)[0] for _ in range(4000))
+    assert set(counts) == {"a", "c"}
+    assert counts["a"] == pytest.approx(2000, abs=130)
+    counts = Counter(choose_note(held, {"all": 2, "template": 1}, generator)[0] for _ in range(4500))
+    assert counts["t"] == pytest.approx(2500, abs=150)  # 2/3 of its own from the mix, and 1 of 3 by itself
+    assert counts["c"] == pytest.approx(1000, abs=130)
+
+
+def test_whole_mixes_what_models_wrote_and_nothing_else():
+    held = [{"strategy": s, "text": s} for s in ("label", "measured", "narrative", "open", "shuffled", "template")]
+    generator = np.random.default_rng(1)
+    assert {choose_note(held, {"whole": 1}, generator) for _ in range(60)} == {"narrative", "open"}
+    assert {choose_note(held, {"whole_all": 1}, generator) for _ in range(90)} == {"narrative", "open", "template"}
+    assert choose_note(held, {"meta": 1}, generator) == ""
+
+
+def test_a_mix_without_one_of_its_strategies_is_refused_by_name():
+    check_strategies({"meta": 1, "whole": 1}, ["abcd", "characteristics"])
+    with pytest.raises(InputError, match="'all' mixes strategies, and the shards hold no note of template"):
+        check_strategies({"all": 1}, ["abcd", "characteristics"])
+    with pytest.raises(InputError, match="any strategy that a model writes"):
+        check_strategies({"whole": 1}, ["template", "label"])

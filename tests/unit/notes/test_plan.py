@@ -106,7 +106,7 @@ def test_a_broken_part_is_named(tmp_path):
 def test_the_written_schema_is_the_contract(records_file, tmp_path):
     run(config(records_file(), tmp_path / "notes"))
     names = "note_id record_id strategy engine model prompt_version seed attempt text label_access facts_source source"
-    names += " faults num_tokens error"
+    names += " faults num_tokens error first_faults seconds"
     assert store.read_notes(tmp_path / "notes").column_names == names.split()
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 
 import pytest
 
 from dermfm.config import InputError
+from dermfm.notes.plan import NotesConfig, PlannedNote
 from dermfm.notes.prompts import PROMPTS, load_prompt
 from dermfm.notes.strategies import find_strategies
+from dermfm.notes.synthesize import make_item
 
 BLIND = """
 version: "1"
@@ -30,20 +33,39 @@ def test_every_packaged_prompt_loads(path):
     assert load_prompt(str(path)).version.startswith(path.stem)
 
 
-def test_fields_that_a_prompt_may_not_see_change_nothing_of_its_request(tmp_path, record):
+HIDDEN = {
+    "label": 6, "malignancy": "malignant", "class": "x", "subclass": "y", "findings": "z", "matched_class": "m",
+    "matched_subclass": "n",
+}  # fmt: skip
+MEASURED = {
+    "measured_asymmetry_word": "asymmetric", "measured_border_word": "sharp", "measured_colours": ["red", "black"],
+    "measured_dots": 90, "measured_globules": 2, "measured_structureless": 0.5, "measured_size": 0.5,
+}  # fmt: skip
+BLINDS = ["blind", "measured", "open", "native_blind"]
+
+
+@pytest.fixture
+def blind_folder(tmp_path):
+    for path in PROMPTS.glob("*.yaml"):
+        shutil.copy(path, tmp_path)
     (tmp_path / "blind.yaml").write_text(BLIND)
-    (strategy,) = find_strategies(["blind"], str(tmp_path))
-    hidden = {
-        "label": 6,
-        "malignancy": "malignant",
-        "class": "x",
-        "subclass": "y",
-        "findings": "z",
-        "matched_class": "m",
-    }
-    plain, changed = record("a"), {**record("a"), **hidden}
-    assert strategy.facts(plain) == strategy.facts(changed)
-    assert strategy.prompt.messages(strategy.facts(plain), 1) == strategy.prompt.messages(strategy.facts(changed), 1)
+    return str(tmp_path)
+
+
+def test_no_blind_strategy_is_left_out_of_the_next_test():
+    found = find_strategies([p.stem for p in PROMPTS.glob("*.yaml")], takes_images=lambda: True)
+    assert {s.name for s in found if s.label_access == "blind"} | {"blind"} == set(BLINDS)
+
+
+@pytest.mark.parametrize("name", BLINDS)
+def test_fields_that_a_blind_strategy_may_not_see_change_nothing_of_its_request(name, blind_folder, record):
+    (strategy,) = find_strategies([name], blind_folder, takes_images=lambda: True)
+    plain = {**record("a"), **MEASURED}
+    changed = {**plain, **HIDDEN}
+    settings = NotesConfig(records="r", out="o")
+    items = [make_item(PlannedNote("id", 0, strategy, 7), one, settings) for one in (plain, changed)]
+    assert items[0] == items[1]
+    assert pickle.dumps(items[0]) == pickle.dumps(items[1])
     assert strategy.visible(plain) == strategy.visible(changed)
     assert "nevus" not in strategy.fallback(plain)
 

@@ -57,7 +57,7 @@ def test_a_bad_note_is_tried_again(item):
 def test_a_note_that_can_be_mended_is_repaired_and_keeps_its_faults(item):
     row = written(item, GOOD + " It is rare.")
     assert (row["source"], row["text"]) == ("repaired", GOOD)
-    assert row["faults"] == ["unsupported: rare"]
+    assert row["faults"] == ["unsupported: other (rare)"]
 
 
 def test_a_note_that_drops_the_class_and_contradicts_is_replaced_by_the_template(item):
