@@ -198,8 +198,10 @@ def ray_command(job: str, config: Any, site: RayConfig, folder: Path, dry_run: b
         code = freeze_code(folder)
     run = shlex.join([job, str(settings)])
     # The job server's own working directory is the code; relative paths of the config mean this one.
-    start = 'code="$PWD"; export PYTHONPATH="$code" PYTHONSAFEPATH=1'
-    command = f'{start}; cd {shlex.quote(str(Path.cwd()))} && exec python "$code" {run}'
+    # This machine's Python where the cluster has it, else the one of the image that Ray runs in.
+    start = f'code="$PWD" python={shlex.quote(sys.executable)}; [ -x "$python" ] || python=python'
+    start += '; export PYTHONPATH="$code" PYTHONSAFEPATH=1'
+    command = f'{start}; cd {shlex.quote(str(Path.cwd()))} && exec "$python" "$code" {run}'
     return RayCommand(command, code, dict(site.environment))
 
 

@@ -63,9 +63,8 @@ def train(
     laps.lap("checkpoint")
     steps = Steps(state.step, arithmetic.total_steps, state.samples_seen, config.contrastive_batch, config.skip_samples)
     feed = Feed(_batches(config, engine.module, reader, order, steps, process), process.device, watch)
-    guard = Guard(
-        Gradients(engine), config.on_nonfinite, config.max_skips, config.zero.precision == "fp16", state.meter
-    )
+    alone, text = config.zero.precision == "fp16", config.objectives.uses_text
+    guard = Guard(Gradients(engine), config.on_nonfinite, config.max_skips, alone, state.meter, text)
     spikes = Spikes(folder / "ckpt", config.spike_factor, config.contrastive_batch, state.meter)
     validation = _validation(config, manifest, engine.module, arithmetic, process)
     tracer = Tracer(folder, config.profile, process.is_first)

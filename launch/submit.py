@@ -95,10 +95,11 @@ def check(job: str, config: Any, world: int) -> None:
 
 def submit_ray(job: str, config: Any, site: RayConfig, dry_run: bool) -> int:
     """Send a job to a running Ray cluster, follow its log, and return its exit code."""
-    if not dry_run:
-        check(job, config, 1)
     folder = submission.folder_of(job, config)
     submission.check_ray(job, config)
+    if not dry_run:
+        check(job, config, 1)
+        ray_job.check(site.address)
     told = submission.ray_command(job, config, site, folder, dry_run)
     if dry_run:
         print(told.command)

@@ -164,7 +164,7 @@ def test_gpus_of_a_node_are_read_from_its_generic_resources(resources, gpus):
 def test_a_ray_command_runs_in_this_folder_and_its_notes_join_that_cluster(tmp_path):
     config = from_dict(NotesConfig, {"records": "r.parquet", "out": str(tmp_path)}, "test")
     told = submission.ray_command("notes", config, RayConfig(), tmp_path)
-    assert f'cd {os.getcwd()} && exec python "$code" notes {tmp_path}/submit.yaml' in told.command
+    assert f'cd {os.getcwd()} && exec "$python" "$code" notes {tmp_path}/submit.yaml' in told.command
     assert load(NotesConfig, tmp_path / "submit.yaml").address == "auto"
 
 
