@@ -254,7 +254,10 @@ def chain(small_records: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     settings: dict[str, Any] = {
         "extends": str(Path("configs/base.yaml").absolute()),
         "data": None,
-        "records": {"layout": "generic", "images": str(small_records.parent), "table": str(folder / "table.csv")},
+        "records": {
+            "layout": "generic", "duplicate_distance": -1, "images": str(small_records.parent),
+            "table": str(folder / "table.csv"),
+        },
         "notes": {"strategies": ["template"]},
         "train": {
             "model": {"image": {"size": 64}}, "contrastive_batch": 16, "micro_batch": 8, "epochs": 2,
