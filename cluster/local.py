@@ -11,6 +11,8 @@ import sys
 import time
 from collections.abc import Sequence
 
+import psutil
+
 RESUMABLE = 75
 GRACE_S = 30.0  # how long the others may take to end once one has failed
 POLL_S = 0.1
@@ -30,6 +32,7 @@ def run_ranks(command: Sequence[str], num_ranks: int) -> int:
         "LOCAL_WORLD_SIZE": str(num_ranks),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
+        "DERMFM_STARTED": os.environ.get("DERMFM_STARTED") or str(psutil.Process().create_time()),
     }
     ranks: list[subprocess.Popen] = []
     sent: set[int] = set()

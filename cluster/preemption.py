@@ -20,6 +20,10 @@ class StopFlag:
             signal.signal(number, self._set)
         return self
 
+    def ask(self, name: str) -> None:
+        """Set the flag from another thread of this process; `name` tells who asked."""
+        self.signal_name = name
+
     def __bool__(self) -> bool:
         return self.signal_name is not None
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import datetime
 import os
 import subprocess
+import sys
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 GROUP_TIMEOUT_S = 1800
 MEET_TIMEOUT_S = 300
+ROOT = Path(__file__).resolve().parents[1]
 
 
 class ProcessError(ValueError):
@@ -39,6 +42,15 @@ def is_launched() -> bool:
     Batch scripts and salloc shells have SLURM_NTASKS too, but only srun's tasks have SLURM_STEP_NUM_TASKS.
     """
     return "RANK" in os.environ or _number("SLURM_STEP_NUM_TASKS", 1) > 1
+
+
+def python_command(module: str, root: Path = ROOT) -> list[str]:
+    """The command that runs `module` as a program with the code in `root` (this one), wherever it is started.
+
+    `python -m` would take a package of that name in the working directory first (PYTHONSAFEPATH needs Python 3.11).
+    """
+    run = f"import runpy, sys; sys.path.insert(0, {str(root)!r}); runpy.run_module({module!r}, run_name='__main__')"
+    return [sys.executable, "-c", run]
 
 
 def default_ranks(ranks: int, device: str) -> int:
@@ -87,15 +99,17 @@ def from_environment(device: str = "auto") -> Process:
 def meet(process: Process, name: str) -> Any:
     """A connection to the job's key-value store at MASTER_ADDR:MASTER_PORT, for the uses called `name`.
 
-    The first rank holds the store (under torchrun its agent does) and does not wait for the others; each call makes a
-    connection of its own, so threads do not wait for each other. Raises ProcessError where no store answers in time.
+    The first rank holds the store (under torchrun its agent does, on Ray the group that Ray has formed) and does not
+    wait for the others; each call makes a connection of its own, so threads do not wait for each other. Raises
+    ProcessError where no store answers in time.
     """
     import torch.distributed as dist
 
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "0")
     host, port = os.environ["MASTER_ADDR"], _held[0].port if _held else _number("MASTER_PORT")
-    holds = process.is_first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and not _held
+    has_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or dist.is_initialized()
+    holds = process.is_first and not has_store and not _held
     timeout = datetime.timedelta(seconds=MEET_TIMEOUT_S)
     try:
         store = dist.TCPStore(host, port, process.world, holds, timeout=timeout, wait_for_workers=False)
@@ -109,10 +123,14 @@ def meet(process: Process, name: str) -> Any:
 
 _held: list[Any] = []  # the store that this process holds, for as long as it lives
 _met: Counter[str] = Counter()
+_own: list[bool] = []  # not empty: the process group is ours to end
 
 
 def start_group(process: Process) -> None:
-    """Join the default process group: NCCL on CUDA, gloo on CPU. Everyone joins, a lone process too."""
+    """Join the default process group: NCCL on CUDA, gloo on CPU. Everyone joins, a lone process too.
+
+    A group that stands already (Ray Train forms one) is taken as it is; ProcessError where its ranks are others.
+    """
     import torch
     import torch.distributed as dist
 
@@ -126,6 +144,14 @@ def start_group(process: Process) -> None:
         os.environ[name] = str(value)
     if process.device.startswith("cuda"):
         torch.cuda.set_device(process.device)
+    if dist.is_initialized():
+        theirs = (dist.get_rank(), dist.get_world_size())
+        if theirs != (process.rank, process.world):
+            raise ProcessError(
+                f"environment: rank {process.rank} of {process.world} is in a group as rank {theirs[0]} of {theirs[1]}"
+            )
+        return
+    _own.append(True)
     dist.init_process_group(
         "nccl" if process.device.startswith("cuda") else "gloo",
         store=meet(process, "group"),
@@ -136,10 +162,11 @@ def start_group(process: Process) -> None:
 
 
 def close_group() -> None:
-    """Leave the process group, if there is one."""
+    """Leave the process group, if `start_group` has formed it."""
     import torch.distributed as dist
 
-    if dist.is_initialized():
+    if dist.is_initialized() and _own:
+        _own.clear()
         dist.destroy_process_group()
 
 

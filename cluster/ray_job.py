@@ -19,9 +19,20 @@ def submit(address: str, command: str, code: str, environment: Mapping[str, str]
     """Send a shell command to the job server at `address` (http://host:8265); the job's id.
 
     `code` is a local folder that becomes the working directory of the command and of its actors on every node.
+    Raises RayJobError where the server is not there, does not fit, or does not take the job.
     """
-    runtime = {"working_dir": code, "env_vars": dict(environment)}
-    return _client(address).submit_job(entrypoint=command, runtime_env=runtime)
+    runtime = {"working_dir": code, "env_vars": dict(environment), "excludes": ["__pycache__"]}
+    client = _client(address)
+    try:
+        return client.submit_job(entrypoint=command, runtime_env=runtime)
+    except (RuntimeError, ValueError, OSError) as error:
+        told = " ".join(str(error).split())[:300]
+        raise RayJobError(f"address: the job server at '{address}' does not take the job: {told}") from error
+
+
+def check(address: str) -> None:
+    """RayJobError where no job server answers at `address`, or one of another version."""
+    _client(address)
 
 
 def follow(address: str, job_id: str) -> int:
@@ -71,8 +82,8 @@ def _client(address: str) -> Any:
         address = f"http://{address}"
     try:
         client = JobSubmissionClient(address)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        told = str(error).splitlines()[0]
+    except (OSError, RuntimeError, ValueError) as error:  # ConnectionError and those of requests are OSErrors
+        told = str(error).splitlines()[0][:200]
         raise RayJobError(
             f"address: no Ray job server answers at '{address}' ({told}); it is http://<head node>:8265"
         ) from error

@@ -25,12 +25,20 @@ _log = logging.getLogger(__name__)
 class Guard:
     """Takes the optimizer step where everything is finite; stops or skips (at most `max_skips` steps) where it is not.
 
-    `meter` is the part of the run's state that it keeps. Every rank calls it, with losses that are sums over all ranks.
+    `meter` is the part of the run's state that it keeps; `reads_text`: the run's objectives read notes. Every rank
+    calls it, with losses that are sums over all ranks.
     """
 
     def __init__(
-        self, gradients: Gradients, policy: str, max_skips: int, skips_alone: bool, meter: dict[str, Any]
+        self,
+        gradients: Gradients,
+        policy: str,
+        max_skips: int,
+        skips_alone: bool,
+        meter: dict[str, Any],
+        reads_text: bool = True,
     ) -> None:
+        self._reads_text = reads_text
         self._gradients, self._policy, self._max_skips = gradients, policy, max_skips
         self._skips_alone = skips_alone  # fp16 skips a step by itself to find its loss scale
         self._meter = meter
@@ -43,7 +51,8 @@ class Guard:
         if not bad and not update.applied and not self._skips_alone:
             bad = ["the gradient norm"]
         if bad:
-            self._deal_with(f"step {step}: {', '.join(bad)} is not finite", culprits(engine, batch, micro_batch))
+            records = culprits(engine, batch, micro_batch, self._reads_text)
+            self._deal_with(f"step {step}: {', '.join(bad)} is not finite", records)
         return update
 
     def _deal_with(self, what: str, records: str) -> None:
@@ -59,14 +68,16 @@ class Guard:
 
 
 @torch.no_grad()
-def culprits(engine: Any, batch: Batch, micro_batch: int) -> str:
+def culprits(engine: Any, batch: Batch, micro_batch: int, reads_text: bool = True) -> str:
     """The records of all ranks whose embeddings are not finite, as a phrase. Collective."""
     own: list[str] = []
     for start in range(0, len(batch), micro_batch):
         rows = slice(start, start + micro_batch)
         image = engine("image", pixels=batch.pixels[rows])["embedding"]
-        text = engine("text", tokens=batch.tokens[rows], lengths=batch.lengths[rows])["embedding"]
-        fine = torch.isfinite(image).all(1) & torch.isfinite(text).all(1)
+        fine = torch.isfinite(image).all(1)
+        if reads_text:
+            text = engine("text", tokens=batch.tokens[rows], lengths=batch.lengths[rows])["embedding"]
+            fine &= torch.isfinite(text).all(1)
         own += [r for r, ok in zip(batch.record_ids[rows], fine.tolist(), strict=True) if not ok]
     told: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(told, (own, batch.record_ids[:NAMED]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dermfm import initial
 from dermfm.compute import check_parts
@@ -21,6 +22,35 @@ from dermfm.storage import CacheConfig, remote
 from dermfm.validation import ValidationConfig
 from dermfm.zero import ZeroConfig
 from shards.manifest import Manifest
+
+
+@dataclass(kw_only=True)
+class RayTrainConfig:
+    """Ranks on a Ray cluster instead of processes of this machine."""
+
+    workers: Any = key(0, "ranks on a Ray cluster; [a, b]: as many of a to b as there is room for; 0: not on Ray")
+    address: str | None = key(None, "cluster to join (auto, host:port); null: an own one of this machine")
+    cpus: float = key(1.0, "CPUs of a rank")
+    gpus: float = key(1.0, "GPUs of a rank, where device is cuda, or auto and the cluster has some")
+    max_failures: int = key(3, "how often lost ranks are started again, from the last checkpoint; -1: without end")
+
+    def __post_init__(self) -> None:
+        pair = self.workers if isinstance(self.workers, list) else [self.workers, self.workers]
+        if len(pair) != 2 or not all(type(n) is int for n in pair) or not (0 < pair[0] <= pair[1] or pair == [0, 0]):
+            raise ValueError(f"ray.workers: {self.workers} is not valid; give a number, or [a, b] with 1 <= a <= b")
+        check_range("ray.cpus", self.cpus, 0.01)
+        check_range("ray.gpus", self.gpus, 0.01)
+        check_range("ray.max_failures", self.max_failures, -1)
+
+    @property
+    def least(self) -> int:
+        """Ranks with which the run may go on."""
+        return self.workers[0] if isinstance(self.workers, list) else self.workers
+
+    @property
+    def most(self) -> int:
+        """Ranks that are asked for; 0: not on Ray."""
+        return self.workers[1] if isinstance(self.workers, list) else self.workers
 
 
 @dataclass(kw_only=True)
@@ -58,6 +88,7 @@ class TrainConfig:
     keep_every: int = key(0, "steps whose multiples are kept for good; 0: none")
     log_every: int = key(10, "steps a log line")
     ranks: int = key(0, "processes to start here where no launcher did; 0: one a CUDA device, or one")
+    ray: RayTrainConfig = key(RayTrainConfig, "ranks on a Ray cluster")
     threads: int = key(0, "CPU threads a process; 0: cores of the machine / processes on it")
     device: str = key("auto", "auto, cuda or cpu")
     resume: str | None = key(None, "checkpoint folder to resume from instead of the run's newest")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from cluster.preemption import StopFlag
@@ -14,40 +15,58 @@ from dermfm.border import RunError, is_bad_input
 from dermfm.plan import TrainConfig
 from dermfm.resume import resume_source
 from dermfm.run import take_lock
+from dermfm.speed import Laps
 
 FAILED, BAD_INPUT = 1, 2
 _log = logging.getLogger(__name__)
 
 
-def run_rank(config: TrainConfig, process: Process) -> int:
+def run_rank(
+    config: TrainConfig,
+    process: Process,
+    stop: StopFlag | None = None,
+    verdict: Callable[[int], object] = lambda _: None,
+) -> int:
     """Train as one rank; the exit code. Raises what this rank is the first to fail with; the others end quietly.
 
     The rank meets the others at the job's store first: from then on each hears of any failure, also of one that comes
-    before the process group, in which the first rank decides where to go on.
+    before the process group, in which the first rank decides where to go on. `stop` null: the one that this process's
+    signals set. `verdict(code)` hears of an end that no new start would change: bad input, or agreed by all ranks.
     """
-    stop = StopFlag().install()
-    log = Path(config.run) / "log" / f"rank{process.rank}.log"
-    watch = Watch(process, meet(process, "watch"), log, config.stall_s, config.stall_end_s)
+    laps = Laps()
+    stop = StopFlag().install() if stop is None else stop
+    watch = Watch(process, meet(process, "watch"), log_of(config, process), config.stall_s, config.stall_end_s)
     try:
-        code = _train(config, process, stop, watch, log)
+        laps.lap("meeting")
+        code = _train(config, process, stop, watch, laps)
         watch.close()
         close_group()
     except BaseException as error:
+        if is_bad_input(error) or isinstance(error, RunError):
+            verdict(BAD_INPUT if is_bad_input(error) else FAILED)
         return _fail(error, process, watch)
     return code
 
 
-def _train(config: TrainConfig, process: Process, stop: StopFlag, watch: Watch, log: Path) -> int:
+def _train(config: TrainConfig, process: Process, stop: StopFlag, watch: Watch, laps: Laps) -> int:
     import torch
 
     from dermfm.train import train
 
+    laps.lap("imports")
     torch.set_num_threads(default_threads(config.threads, process.local_world))
     with take_lock(Path(config.run)) if process.is_first else contextlib.nullcontext():
-        write_logs(log, process)
+        write_logs(log_of(config, process), process)
         source = resume_source(config, process, watch)
+        laps.lap("resume")
         start_group(process)
-        return train(config, process, source, stop, watch)
+        laps.lap("group")
+        return train(config, process, source, stop, watch, laps)
+
+
+def log_of(config: TrainConfig, process: Process) -> Path:
+    """The file that a rank logs to."""
+    return Path(config.run) / "log" / f"rank{process.rank}.log"
 
 
 def _fail(error: BaseException, process: Process, watch: Watch) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Any
 
@@ -122,19 +123,22 @@ def _all_ranks(own: list[float]) -> np.ndarray:
 
 
 class Laps:
-    """What starting took, told once."""
+    """Seconds of starting, by phase, from the launcher's start (DERMFM_STARTED, in Unix time) or the process's."""
 
     def __init__(self) -> None:
-        began = psutil.Process().create_time()
-        self._last = time.time()
-        self._laps = {"imports": self._last - began}
+        born = psutil.Process().create_time()
+        started = float(os.environ.get("DERMFM_STARTED") or born)
+        self._last = max(born, started)  # a worker that waited for work was born before it was launched
+        self._laps = {"launch": self._last - started}
+        self.lap("imports")
 
     def lap(self, name: str) -> None:
-        """What came since the last lap was `name`."""
+        """What came since the last lap was `name`, or more of it."""
         now = time.time()
-        self._laps[name] = now - self._last
+        self._laps[name] = self._laps.get(name, 0.0) + now - self._last
         self._last = now
 
     def __str__(self) -> str:
         total = sum(self._laps.values())
-        return f"started in {total:.1f} s: " + ", ".join(f"{name} {s:.1f}" for name, s in self._laps.items())
+        parts = ", ".join(f"{name} {s:.1f}" for name, s in self._laps.items())
+        return f"started in {total:.1f} s, {total - self._laps['imports']:.1f} of them beyond imports: {parts}"

@@ -22,6 +22,8 @@ from shards.manifest import file_sha256, write_text
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("launch", "cluster", "dermfm", "shards", "configs", "slurm")
 JOURNAL = "jobs.jsonl"
+# `python <folder of the code>` puts that folder, and not the working directory, first on the path of modules.
+PROGRAM = "import sys\n\nfrom launch.cli import main\n\nif __name__ == '__main__':\n    sys.exit(main())\n"
 # job → the file in slurm/ that runs it. Jobs of `PLAIN` run on one node without GPUs, whatever is asked for.
 TEMPLATES = {
     "records": "shards.sbatch",
@@ -153,6 +155,7 @@ def freeze_code(folder: Path) -> Path:
     for name, path in zip(names, files, strict=True):
         (partial / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(path, partial / name)
+    (partial / "__main__.py").write_text(PROGRAM)
     partial.replace(target)
     return target
 
@@ -174,10 +177,18 @@ def queue(submission: Submission, after: int | None = None) -> int:
     return job_id
 
 
+def check_ray(job: str, config: Any) -> None:
+    """InputError for a training job that does not say how many ranks it wants of the cluster."""
+    if job == "train" and not config.ray.most:
+        raise InputError("ray.workers: submit ray train needs the number of ranks; give ray.workers=N, or [a, b]")
+
+
 def ray_command(job: str, config: Any, site: RayConfig, folder: Path, dry_run: bool = False) -> RayCommand:
-    """Freeze a job into its folder for a Ray cluster. Records and notes made there join that cluster."""
+    """Freeze a job into its folder for a Ray cluster. Records, notes and ranks made there join that cluster."""
     if job in ("records", "notes") and config.address is None:
         config = dataclasses.replace(config, address="auto")
+    if job == "train" and config.ray.address is None:
+        config = dataclasses.replace(config, ray=dataclasses.replace(config.ray, address="auto"))
     folder = folder.absolute()
     settings = folder / (f"submit-{job}.yaml" if job in GUESTS else "submit.yaml")
     code = folder / "code"
@@ -185,9 +196,12 @@ def ray_command(job: str, config: Any, site: RayConfig, folder: Path, dry_run: b
         folder.mkdir(parents=True, exist_ok=True)
         write_text(settings, to_yaml(config))
         code = freeze_code(folder)
-    run = shlex.join(["python", "-m", "launch.cli", job, str(settings)])
+    run = shlex.join([job, str(settings)])
     # The job server's own working directory is the code; relative paths of the config mean this one.
-    command = f'export PYTHONPATH="$PWD" PYTHONSAFEPATH=1; cd {shlex.quote(str(Path.cwd()))} && exec {run}'
+    # This machine's Python where the cluster has it, else the one of the image that Ray runs in.
+    start = f'code="$PWD" python={shlex.quote(sys.executable)}; [ -x "$python" ] || python=python'
+    start += '; export PYTHONPATH="$code" PYTHONSAFEPATH=1'
+    command = f'{start}; cd {shlex.quote(str(Path.cwd()))} && exec "$python" "$code" {run}'
     return RayCommand(command, code, dict(site.environment))
 
 
@@ -243,9 +257,9 @@ def _directives(job: str, site: SlurmConfig, log: str) -> dict[str, str | None]:
 
 def _lines(job: str, site: SlurmConfig, settings: Path, code: Path) -> Sequence[str]:
     """Shell lines that a submitted script has before the file's own: the frozen code and config."""
-    command = [sys.executable, "-m", "launch.cli"]
+    command = [sys.executable, str(code)]
     if site.container:
-        command = ["apptainer", "exec", *(["--nv"] if site.gpus else []), site.container, "python", "-m", "launch.cli"]
+        command = ["apptainer", "exec", *(["--nv"] if site.gpus else []), site.container, "python", str(code)]
     quoted = shlex.quote(str(code))
     return [
         "",

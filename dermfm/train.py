@@ -47,9 +47,11 @@ def train(
     source: checkpoint.Source | None,
     stop: StopFlag,
     watch: Unwatched = UNWATCHED,
+    laps: Laps | None = None,
 ) -> int:
     """Run until done (0) or stopped by `stop` with a checkpoint (75), from `source` if given. Called by every rank."""
-    laps, folder, manifest = Laps(), Path(config.run), Manifest.load(config.shards, remote(config.cache))
+    laps = laps or Laps()
+    folder, manifest = Path(config.run), Manifest.load(config.shards, remote(config.cache))
     arithmetic = plan(config, manifest, process.world)
     order, reader = open_data(config, manifest)
     laps.lap("data")
@@ -61,9 +63,8 @@ def train(
     laps.lap("checkpoint")
     steps = Steps(state.step, arithmetic.total_steps, state.samples_seen, config.contrastive_batch, config.skip_samples)
     feed = Feed(_batches(config, engine.module, reader, order, steps, process), process.device, watch)
-    guard = Guard(
-        Gradients(engine), config.on_nonfinite, config.max_skips, config.zero.precision == "fp16", state.meter
-    )
+    alone, text = config.zero.precision == "fp16", config.objectives.uses_text
+    guard = Guard(Gradients(engine), config.on_nonfinite, config.max_skips, alone, state.meter, text)
     spikes = Spikes(folder / "ckpt", config.spike_factor, config.contrastive_batch, state.meter)
     validation = _validation(config, manifest, engine.module, arithmetic, process)
     tracer = Tracer(folder, config.profile, process.is_first)
@@ -72,7 +73,6 @@ def train(
     feed.fetch()
     agree(False, False, feed.error)
     laps.lap("first batch")
-    _say(process, str(laps))
     try:
         for step in steps:
             tracer.before(step)
@@ -88,6 +88,9 @@ def train(
             feed.fetch()
             agreed, last = agree(bool(stop), saver.is_writing, feed.error), step == steps.last
             watch.border(step)
+            if step == steps.done + 1:
+                laps.lap("first step")
+                _say(process, str(laps))
             watch.phase("validation")
             scores = validation.run(engine, step, last=last, stopping=agreed.stop)
             save = agreed.stop or last or step % arithmetic.checkpoint_steps == 0

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.preemption import SIGNALS
+from cluster.process import python_command
 from cluster.usage import PeakMemory
 from dermfm.config import to_yaml
 from dermfm.pipeline import CHAIN, JOBS, PipelineConfig, set_aside
@@ -76,7 +77,7 @@ def run_job(job: str, config: Any, folder: Path, *flags: str) -> int:
 
     handlers = {number: signal.signal(number, forward) for number in SIGNALS}
     try:
-        process.append(subprocess.Popen([sys.executable, "-m", "launch.cli", job, str(settings), *flags]))
+        process.append(subprocess.Popen([*python_command("launch.cli"), job, str(settings), *flags]))
         code = process[0].wait()
     finally:
         for number, handler in handlers.items():

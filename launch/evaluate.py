@@ -20,6 +20,7 @@ from cluster.process import (
     default_threads,
     from_environment,
     is_launched,
+    python_command,
     start_group,
 )
 from dermfm.evaluate.job import EvaluateConfig, evaluate, make_plan
@@ -48,7 +49,7 @@ def run(config: EvaluateConfig, call: Call) -> int:
         return 0
     world = default_ranks(config.ranks, config.device)
     if world > 1 and not is_launched():
-        return run_ranks([sys.executable, "-m", "launch.cli", *sys.argv[1:]], world)
+        return run_ranks([*python_command("launch.cli"), *sys.argv[1:]], world)
     return run_rank(config)
 
 

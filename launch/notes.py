@@ -35,14 +35,14 @@ def check(config: NotesConfig, _: int) -> None:
 
 def run(config: NotesConfig, call: Any) -> int:
     """Make the missing notes: 0 done, 1 too many failed. In an allocation, all tasks but the first offer Ray a node."""
-    if config.address == allocation.ADDRESS and not allocation.is_head() and not call.dry_run:
-        return allocation.serve()
     plan, table = plan_notes(config)
+    if config.address == allocation.ADDRESS and not allocation.is_head() and not call.dry_run:
+        return allocation.serve() if plan.num_missing else 0  # the first task starts no Ray for nothing
     wanted = Counter(note.strategy.name for note in plan.notes.values())
     done = len(plan.notes) - plan.num_missing - plan.num_elsewhere
     others = f", {plan.num_elsewhere} left to the other shares" if plan.num_elsewhere else ""
     print(f"notes: {len(plan.notes)} wanted ({_counts(wanted)}); {done} done, {plan.num_missing} to do{others}")
-    if call.dry_run:
+    if call.dry_run or not (plan.num_missing or done):
         return 0
     began = time.monotonic()
     inside = config.address == allocation.ADDRESS and plan.num_missing

@@ -3,6 +3,7 @@
   dermfm submit slurm train configs/gpu/pretrain.yaml run=runs/my shards=… nodes=4 gpus=8 time=12:00:00 partition=gpu
   dermfm submit slurm pipeline configs/demo.yaml out=runs/chain nodes=2 gpus=8
   dermfm submit ray notes records=runs/my/records.parquet out=runs/my/notes address=http://head:8265
+  dermfm submit ray train configs/gpu/pretrain.yaml run=runs/my shards=… ray.workers=16 address=http://head:8265
 
 The config is checked here, not in the queue. It is written resolved, together with a copy of the code, into the job's
 folder, and SLURM's script with it: submit.sbatch can be submitted again by hand. --dry-run prints the script.
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from launch.cli import Call
 
 PIPELINE = "pipeline"
-JOBS = {"slurm": (*submission.TEMPLATES, PIPELINE), "ray": ("records", "notes", "shards", "evaluate", "report")}
+JOBS = {"slurm": (*submission.TEMPLATES, PIPELINE), "ray": tuple(submission.TEMPLATES)}
 SCHEMAS = {"slurm": SlurmConfig, "ray": RayConfig}
 
 
@@ -94,9 +95,11 @@ def check(job: str, config: Any, world: int) -> None:
 
 def submit_ray(job: str, config: Any, site: RayConfig, dry_run: bool) -> int:
     """Send a job to a running Ray cluster, follow its log, and return its exit code."""
+    folder = submission.folder_of(job, config)
+    submission.check_ray(job, config)
     if not dry_run:
         check(job, config, 1)
-    folder = submission.folder_of(job, config)
+        ray_job.check(site.address)
     told = submission.ray_command(job, config, site, folder, dry_run)
     if dry_run:
         print(told.command)

@@ -1,7 +1,8 @@
 """Pretrain the image-text model on WebDataset shards with DeepSpeed ZeRO.
 
-Under srun or torchrun every task is a rank; without a launcher `ranks=N` starts N processes here. Ctrl-C, SIGTERM and
-SIGUSR1 write a checkpoint and exit 75; the same command goes on from it.
+Under srun or torchrun every task is a rank; without a launcher `ranks=N` starts N processes here, and `ray.workers=N`
+N ranks on a Ray cluster (`ray.address=`), which starts them again from the last checkpoint where one is lost. Ctrl-C,
+SIGTERM and SIGUSR1 write a checkpoint and exit 75; the same command goes on from it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import sys
 from pathlib import Path
 
 from cluster.local import run_ranks
-from cluster.process import default_ranks, from_environment, is_launched
+from cluster.process import default_ranks, from_environment, is_launched, python_command
+from dermfm.on_ray import train_on_ray
 from dermfm.plan import TrainConfig, describe
 from dermfm.rank import run_rank
 from dermfm.resume import is_done
@@ -25,21 +27,25 @@ def schema(_: object) -> type:
 
 def check(config: TrainConfig, world: int) -> None:
     """What a run of `world` ranks would refuse at its start, for `submit`."""
-    describe(config, world)
+    for ranks in range(config.ray.least, config.ray.most + 1) if config.ray.most else [world]:
+        describe(config, ranks)  # Ray may choose any of them
 
 
 def run(config: TrainConfig, call: object) -> int:
     """Start the ranks where no launcher did, or be one of them."""
     launched = is_launched()
-    world = from_environment(config.device).world if launched else default_ranks(config.ranks, config.device)
+    alone = config.ray.most or default_ranks(config.ranks, config.device)
+    world = from_environment(config.device).world if launched else alone
     if getattr(call, "dry_run", False):
         print(describe(config, world), memory_of(config, world), sep="\n")
         return 0
     if launched:
         return run_rank(config, from_environment(config.device))
-    describe(config, world)  # every check that needs no process group, once, before any rank starts
+    check(config, world)  # all that needs no process group, once, before any rank starts
     if is_done(config, world):
         print(f"{config.run}: done, nothing to train; a larger epochs= continues")
         return 0
     take_lock(Path(config.run)).close()
-    return run_ranks([sys.executable, "-m", "launch.cli", *sys.argv[1:]], world)
+    if config.ray.most:
+        return train_on_ray(config)
+    return run_ranks([*python_command("launch.cli"), *sys.argv[1:]], world)

@@ -226,6 +226,90 @@ def test_a_lost_node_costs_a_requeue_and_changes_no_weight(shards, uninterrupted
     assert all(np.array_equal(whole[name], own[name]) for name in whole)
 
 
+@pytest.mark.soak
+def test_a_node_that_is_lost_while_notes_are_written_loses_and_doubles_none(slurm, small_records, tmp_path):
+    rows = pq.read_table(small_records).to_pylist()
+    many = [{**row, "record_id": f"{k:016x}", "group_id": str(k)} for k in range(16_000) for row in [rows[k % 96]]]
+    write_records(pa.Table.from_pylist(many, schema=SCHEMA), tmp_path / "records.parquet")
+    out = tmp_path / "notes"
+    words = (f"records={tmp_path / 'records.parquet'}", f"out={out}", "strategies=[template,label]", "part_size=100")
+    job = submit("notes", *words, "lease=10", "ray=always", "nodes=2", "cpus=2")
+    wait_for(lambda: len(list(out.glob("part-*.parquet"))) >= 3, told=lambda: log_of(out))
+    kill_node("n2")
+    assert len(list(out.glob("part-*.parquet"))) < 320, "the notes were done before the node was lost"
+    wait_for(lambda: scheduler.job(job)["restarts"] == "1" or scheduler.job(job)["state"] in ENDED, 300)
+    revive_node("n2")
+    assert end(job, 600)["state"] == "COMPLETED", log_of(out)
+    made = pq.read_table(sorted(out.glob("part-*.parquet")), columns=["note_id"])["note_id"].to_pylist()
+    assert len(made) == len(set(made)) == 32_000
+
+
+@pytest.fixture(scope="module")
+def chain(small_records: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A configuration of all six jobs on 96 images and their table."""
+    folder = tmp_path_factory.mktemp("chain")
+    rows = ["sample_id,dataset,modality,label,lesion_id,site,age"]
+    rows += [f"{k},HAM10000,dermoscopic,{[2, 5, 6][k % 3]},{k},back,50" for k in range(96)]
+    (folder / "table.csv").write_text("\n".join(rows) + "\n")
+    settings: dict[str, Any] = {
+        "extends": str(Path("configs/base.yaml").absolute()),
+        "data": None,
+        "records": {
+            "layout": "generic", "duplicate_distance": -1, "images": str(small_records.parent),
+            "table": str(folder / "table.csv"),
+        },
+        "notes": {"strategies": ["template"]},
+        "train": {
+            "model": {"image": {"size": 64}}, "contrastive_batch": 16, "micro_batch": 8, "epochs": 2,
+            "strategies": {"template": 1}, "threads": 1, "device": "cpu",
+        },
+        "evaluate": {"device": "cpu"},
+    }  # fmt: skip
+    (folder / "chain.yaml").write_text(json.dumps(settings))  # JSON is YAML
+    return folder / "chain.yaml"
+
+
+@pytest.mark.soak
+def test_six_jobs_one_after_another_end_with_a_report(slurm, chain, tmp_path):
+    out = tmp_path / "chain"
+    end(submit("pipeline", str(chain), f"out={out}", "nodes=2", "cpus=1", "array=2"), 1500)
+    entries = [json.loads(line) for line in (out / "jobs.jsonl").read_text().splitlines()]
+    states = {entry["job"]: scheduler.job(entry["id"])["state"] for entry in entries}
+    jobs = ("records", "notes", "shards", "train", "evaluate", "report")
+    assert states == dict.fromkeys(jobs, "COMPLETED"), log_of(out)
+    assert "</html>" in (out / "report.html").read_text()
+    assert next(out.glob("eval/*/metrics.json"))
+
+
+def test_a_job_that_fails_cancels_those_behind_it_and_the_status_names_its_log(slurm, chain, tmp_path):
+    out = tmp_path / "broken"
+    gone = tmp_path / "images that are gone"
+    last = submit("pipeline", str(chain), f"out={out}", "nodes=2", "cpus=1", f"records.images={gone}")
+    wait_for(lambda: scheduler.job(last).get("state", "CANCELLED") in ENDED, 200, lambda: log_of(out))
+    entries = [json.loads(line) for line in (out / "jobs.jsonl").read_text().splitlines()]
+    states = [scheduler.job(entry["id"]).get("state", "CANCELLED") for entry in entries]
+    assert states == ["FAILED"] + ["CANCELLED"] * 5
+    told = " ".join(dermfm("status", str(out)).stdout.split())
+    log = out / "log" / f"slurm-records-{entries[0]['id']}.out"
+    assert f"records did not end well (FAILED); read {log}" in told
+    assert "images that are gone" in log.read_text()
+
+
+@pytest.mark.soak
+def test_two_runs_at_a_time_on_one_node_do_not_meet(shards, tmp_path):
+    runs = [tmp_path / name for name in ("one", "two")]
+    words = (f"shards={shards}", "epochs=2", "tasks_per_node=2", "cpus=1", "directives.nodelist=n1")
+    jobs = [submit("train", *SMALL, *words, f"run={run}") for run in runs]
+    wait_for(lambda: all(steps(run) for run in runs), 400, lambda: "".join(map(log_of, runs)))
+    assert {scheduler.job(job)["nodes"] for job in jobs} == {"n1"}
+    began = [steps(run)[0] for run in runs]
+    assert began[0]["loss"] == began[1]["loss"]
+    assert [end(job)["state"] for job in jobs] == ["COMPLETED"] * 2, "".join(map(log_of, runs))
+    one, two = (weights(run) for run in runs)
+    assert all(np.array_equal(one[name], two[name]) for name in one)
+    assert "beyond imports: launch" in log_of(runs[0])
+
+
 def kill_node(name: str) -> None:
     """End the node's first process, and all of the node with it."""
     pids = dict(line.split() for line in (Path(os.environ["SLURM_CONF"]).parent / "pids").read_text().splitlines())

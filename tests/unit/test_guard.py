@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from cluster.watchdog import Unwatched
@@ -15,7 +16,7 @@ from dermfm import checkpoint, guard, saver, zero
 from dermfm.border import RunError
 from dermfm.checkpoint import State, step_name
 from dermfm.config import InputError
-from dermfm.guard import Guard, Spikes
+from dermfm.guard import Guard, Spikes, culprits
 from dermfm.saver import Keeping, Saver
 
 pytestmark = pytest.mark.usefixtures("alone")
@@ -40,6 +41,19 @@ def judge(policy: str, values: dict[str, float], gradients: Step, meter: dict[st
 @pytest.fixture(autouse=True)
 def named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guard, "culprits", lambda *_: "the records: r1, r2")
+
+
+def test_a_run_that_reads_no_notes_names_records_by_their_images_alone():
+    asked: list[str] = []
+
+    def engine(phase: str, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        asked.append(phase)
+        return {"embedding": torch.log(inputs["pixels"].float())}
+
+    batch: Any = SimpleNamespace(pixels=torch.tensor([[1], [0], [2], [0]]), record_ids=["a", "b", "c", "d"])
+    batch = type("Rows", (SimpleNamespace,), {"__len__": lambda self: 4})(**vars(batch))
+    assert "2 records have embeddings that are not finite: b, d" in culprits(engine, batch, 3, reads_text=False)
+    assert asked == ["image", "image"]
 
 
 @pytest.mark.parametrize(

@@ -6,14 +6,16 @@ import dataclasses
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cluster import slurm
+from cluster.process import python_command
 from dermfm import submission
-from dermfm.config import from_dict, load
+from dermfm.config import InputError, from_dict, load
 from dermfm.evaluate.job import EvaluateConfig
 from dermfm.notes.plan import NotesConfig
 from dermfm.pack_plan import ShardsConfig
@@ -145,7 +147,8 @@ def test_an_unknown_key_job_or_scheduler_is_one_line_and_exit_code_2(capsys):
         "submit slurm tran": "did you mean 'train'?",
         "submit slurm train run=r shards=s nodess=2": "unknown key 'nodess'",
         "submit slurm train run=r shards=s nodes=0": "it must be at least 1",
-        "submit ray train run=r shards=s": "valid: ",
+        "submit ray plan run=r shards=s": "valid: ",
+        "submit ray train run=r shards=s --dry-run": "give ray.workers=N",
     }.items():
         assert main(words.split()) == 2
         assert told in capsys.readouterr().err
@@ -161,5 +164,34 @@ def test_gpus_of_a_node_are_read_from_its_generic_resources(resources, gpus):
 def test_a_ray_command_runs_in_this_folder_and_its_notes_join_that_cluster(tmp_path):
     config = from_dict(NotesConfig, {"records": "r.parquet", "out": str(tmp_path)}, "test")
     told = submission.ray_command("notes", config, RayConfig(), tmp_path)
-    assert f"cd {os.getcwd()} && exec python -m launch.cli notes {tmp_path}/submit.yaml" in told.command
+    assert f'cd {os.getcwd()} && exec "$python" "$code" notes {tmp_path}/submit.yaml' in told.command
     assert load(NotesConfig, tmp_path / "submit.yaml").address == "auto"
+
+
+def test_ranks_that_are_sent_to_ray_join_that_cluster(tmp_path):
+    config = load(TrainConfig, None, ["run=r", "shards=s", "ray.workers=[1,2]"])
+    told = submission.ray_command("train", config, RayConfig(), tmp_path)
+    assert told.code.parent == tmp_path / "code"
+    sent = load(TrainConfig, tmp_path / "submit.yaml").ray
+    assert (sent.address, sent.least, sent.most) == ("auto", 1, 2)
+
+
+@pytest.mark.parametrize("workers", ["-1", "[2,1]", "[0,2]", "two", "[1,2,3]"])
+def test_a_number_of_ray_workers_that_is_none_is_refused(workers):
+    with pytest.raises(InputError, match=r"ray.workers: .* is not valid; give a number, or \[a, b\]"):
+        load(TrainConfig, None, ["run=r", "shards=s", f"ray.workers={workers}"])
+
+
+def test_frozen_code_is_imported_in_a_folder_that_has_packages_of_the_same_names(tmp_path):
+    """As on Python 3.10, which has no PYTHONSAFEPATH."""
+    code = submission.freeze_code(tmp_path / "frozen")
+    (tmp_path / "launch").mkdir()
+    for name in ("__init__", "cli"):
+        (tmp_path / "launch" / f"{name}.py").write_text("raise SystemExit('the code of the working directory')\n")
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONSAFEPATH", "PYTHONPATH")}
+    for command in ([sys.executable, str(code)], python_command("launch.cli", code)):
+        done = subprocess.run(
+            [*command, "--help"], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert "Exit codes" in done.stdout

@@ -11,6 +11,7 @@ from dermfm.notes import store
 from dermfm.notes.plan import NotesConfig, make_plan, spread
 from dermfm.notes.synthesize import plan_notes, synthesize
 from dermfm.records.table import read_records
+from launch.cli import main
 
 
 def config(path, out, **keys):
@@ -114,3 +115,15 @@ def test_the_written_schema_is_the_contract(records_file, tmp_path):
 def test_a_bad_key_is_refused(key, value):
     with pytest.raises(ValueError, match=key):
         NotesConfig(records="r", out="o", **{key: value})
+
+
+def test_a_share_of_an_array_with_nothing_to_do_ends_well_and_so_does_a_node_that_would_help_it(
+    records_file, tmp_path, capsys, monkeypatch
+):
+    words = ["notes", f"records={records_file()}", f"out={tmp_path / 'notes'}", "strategies=[template]", "share=[1,2]"]
+    assert main(words) == 0
+    monkeypatch.setenv("SLURM_PROCID", "1")  # the second task of the job: it waits for no Ray that nobody starts
+    assert main([*words, "address=slurm"]) == 0
+    said = capsys.readouterr()
+    assert "0 done, 0 to do, 30 left to the other shares" in said.out
+    assert said.err == ""
