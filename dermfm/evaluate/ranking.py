@@ -135,7 +135,9 @@ def rank_classes(
         for query, score in zip(part, scores, strict=True):
             out, label = NOBODY if own_group else pool.members(groups[query]), int(labels[query])
             score = score if rerank is None else rerank(query, score, out)
-            if pool.is_repetitive:
+            if pool.size == len(out):
+                found = NOTHING
+            elif pool.is_repetitive:
                 found = _rank_repetitive(score, pool, label, out, counted)
             else:
                 found = _rank_items(score, pool, label, out, counted)
