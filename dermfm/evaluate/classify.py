@@ -1,4 +1,4 @@
-"""Classification measures: point values by scikit-learn, intervals from resampled confusion matrices.
+"""Classification measures, and their intervals from resampled confusion matrices; tests hold them to scikit-learn.
 
 Macro means are over the classes present in the truth; what a missing class leaves undefined is None, never NaN.
 """
@@ -6,8 +6,10 @@ Macro means are over the classes present in the truth; what a missing class leav
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
+from scipy.stats import rankdata
 from sklearn import metrics as sk
 
 from dermfm.evaluate.statistics import Draws, auroc_draws, interval
@@ -45,26 +47,70 @@ def classification(
 ) -> dict[str, Value]:
     """Every metric of labels [n] against scores [n, C] of the records `rows` [n].
 
-    `calibrated` says that the scores are probabilities (else no calibration error). The chance level is what always
-    answering the scope's most frequent class gets.
+    Scores [R, n, C] are R repetitions of one method: value and interval are of the mean over them. `calibrated` says
+    that the scores are probabilities (else no calibration error). The chance level is what always answering the scope's
+    most frequent class gets.
     """
-    num_classes = scores.shape[1]
-    predicted = scores.argmax(axis=1)
-    points = point_values(labels, predicted, num_classes)
-    points["auroc"] = auroc(labels, scores)
+    num_classes = scores.shape[-1]
+    repeats = scores if scores.ndim == 3 else scores[None]
+    measured = [_measured(labels, one, rows, draws, calibrated) for one in repeats]
+    points = {name: float(np.mean([one[0][name] for one in measured])) for name in measured[0][0]}
+    drawn = {name: np.mean([one[1][name] for one in measured], axis=0) for name in points}
     majority = np.full_like(labels, np.bincount(labels, minlength=num_classes).argmax())
     constant = confusion_values(confusion_matrix(labels, majority, num_classes))
     chance = {name: float(value) for name, value in constant.items()} | {"auroc": 0.5}
-    drawn = confusion_values(draws.sums(_one_hot(labels, predicted, num_classes), rows))
-    drawn["auroc"] = auroc_draws(scores, labels, rows, draws)
-    if calibrated:
-        points["ece"] = calibration_error(labels, scores)
-        drawn["ece"] = _calibration_draws(labels, scores, rows, draws)
     return {
         name: Value(_number(points[name]), *interval(drawn[name]), _number(chance.get(name)), len(labels))
         for name in METRICS
         if name in points
     }
+
+
+def _measured(
+    labels: np.ndarray, scores: np.ndarray, rows: np.ndarray, draws: Draws, calibrated: bool
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """Every metric as it is, and of every resample [resamples]."""
+    num_classes, predicted = scores.shape[1], scores.argmax(axis=1)
+    matrix = confusion_matrix(labels, predicted, num_classes)  # many times faster here than scikit-learn's checks
+    points = {name: float(value) for name, value in confusion_values(matrix).items()}
+    points["auroc"] = auroc(labels, scores)
+    drawn = confusion_values(draws.sums(_one_hot(labels, predicted, num_classes), rows))
+    drawn["auroc"] = auroc_draws(scores, labels, rows, draws)
+    if calibrated:
+        points["ece"] = calibration_error(labels, scores)
+        drawn["ece"] = _calibration_draws(labels, scores, rows, draws)
+    return points, drawn
+
+
+def per_class(
+    labels: np.ndarray, scores: np.ndarray, rows: np.ndarray, draws: Draws, names: list[str]
+) -> dict[str, Any]:
+    """The confusion matrix [C][C] (truth in rows) and one entry a class: n, precision, recall, F1 with its interval,
+    AUROC. What a class without record, or without answer, leaves undefined is None; `absent` marks the former."""
+    num_classes, predicted = scores.shape[1], scores.argmax(axis=1)
+    matrix = confusion_matrix(labels, predicted, num_classes)
+    drawn = draws.sums(_one_hot(labels, predicted, num_classes), rows)
+    truth, answer, hit = drawn.sum(axis=2), drawn.sum(axis=1), np.diagonal(drawn, axis1=1, axis2=2)
+    f1 = np.where(truth > 0, _safe(2 * hit, truth + answer), np.nan)
+    out = []
+    for c, name in enumerate(names):
+        support, answers, hits = int(matrix[c].sum()), int(matrix[:, c].sum()), int(matrix[c, c])
+        low, high = interval(f1[:, c]) if support else (None, None)
+        area = _area(labels == c, scores[:, c]) if 0 < support < len(labels) else None
+        out.append(
+            {
+                "class": name,
+                "n": support,
+                "absent": support == 0,
+                "precision": hits / answers if answers else None,
+                "recall": hits / support if support else None,
+                "f1": 2 * hits / (support + answers) if support else None,
+                "f1_ci_low": low,
+                "f1_ci_high": high,
+                "auroc": _number(area),
+            }
+        )
+    return {"labels": names, "confusion": matrix.tolist(), "per_class": out}
 
 
 def point_values(labels: np.ndarray, predicted: np.ndarray, num_classes: int) -> dict[str, float]:
@@ -95,7 +141,13 @@ def auroc(labels: np.ndarray, scores: np.ndarray) -> float:
     present = np.unique(labels)
     if len(present) < 2:
         return float("nan")
-    return float(np.mean([sk.roc_auc_score(labels == c, scores[:, c]) for c in present]))
+    return float(np.mean([_area(labels == c, scores[:, c]) for c in present]))
+
+
+def _area(hit: np.ndarray, score: np.ndarray) -> float:
+    """Area under the ROC curve by the rank sum of the hits, ties at their middle (Mann and Whitney, 1947)."""
+    num = int(hit.sum())
+    return float((rankdata(score)[hit].sum() - num * (num + 1) / 2) / (num * (len(hit) - num)))
 
 
 def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, num_classes: int) -> np.ndarray:

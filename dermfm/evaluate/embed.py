@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from dermfm.evaluate.parts import Arrays, Parts
 from dermfm.evaluate.ranks import Ranks, on_first, together
+from dermfm.evaluate.zeroshot import TEMPLATES
 from dermfm.images import decode_image
 from dermfm.progress import Meter
 from dermfm.samples import image_bytes, tokenize
@@ -20,6 +22,7 @@ from shards.reader import ShardReader
 
 PIECE = 8  # batches of a rank in one piece on disk: what an interruption costs at most
 Forward = Callable[..., dict[str, Tensor]]
+Beside = Callable[[np.ndarray], tuple[Tensor, ...]]  # rows [B] → what else goes into the forward pass of their images
 
 
 class DecodedImage:
@@ -47,7 +50,9 @@ def image_outputs(model: Any) -> Forward:
 
     def forward(pixels: Tensor) -> dict[str, Tensor]:
         pooled = model.image.pooled(pixels)
-        return {"embedding": model.embed_image(pooled), "logits": model.image_logits(pooled), "features": pooled}
+        finer = {f"{n}_logits": model.heads[n](pooled) for n in ("subclass", "malignancy") if n in model.heads}
+        logits = model.image_logits(pooled)
+        return {"embedding": model.embed_image(pooled), "logits": logits, "features": pooled} | finer
 
     return forward
 
@@ -60,6 +65,27 @@ def text_outputs(model: Any) -> Forward:
         return {"embedding": model.embed_text(pooled), "logits": model.text_logits(pooled)}
 
     return forward
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoders:
+    """What is scored, as functions: `image` of uint8 pixels [B, 3, S, S] gives `embedding` [B, d], `features` [B, F]
+    and, where the model has such heads, `logits`, `subclass_logits`, `malignancy_logits`; `text` of tokens and lengths
+    gives `embedding` and perhaps `logits`. `templates`: class set → prompts with {} for the class word."""
+
+    image: Forward
+    text: Forward
+    image_size: int
+    tokenizer: Any
+    max_tokens: int
+    templates: dict[str, tuple[str, ...]]
+    identity: str = ""
+
+
+def encoders_of(model: Any) -> Encoders:
+    """Those of our own model."""
+    limit = model.config.text.max_tokens
+    return Encoders(image_outputs(model), text_outputs(model), model.image_size, model.tokenizer, limit, TEMPLATES)
 
 
 class Compute:
@@ -78,32 +104,46 @@ class Compute:
 
 
 def embed_images(
-    forward: Forward, manifest: Manifest, split: str, size: int, parts: Parts, compute: Compute, ranks: Ranks, what: str
+    forward: Forward,
+    manifest: Manifest,
+    split: str,
+    size: int,
+    parts: Parts,
+    compute: Compute,
+    ranks: Ranks,
+    what: str,
+    beside: Beside | None = None,
 ) -> Arrays:
     """Outputs of `forward` for every readable image of a split: "rows" [n] of the split and each array [n, …]."""
-    shards = manifest.split(split)
-    num_rows = sum(s.num_samples for s in shards)
+    num_rows = sum(s.num_samples for s in manifest.split(split))
 
     def work() -> None:
         done = parts.done(num_rows)
-        if done.all():
-            return
-        reader = ShardReader(manifest.folder, shards, manifest.remote)
-        batches = passes(
-            reader,
-            reader.shard_sizes,
-            batch_size=compute.batch_size,
-            rank=ranks.rank,
-            world=ranks.world,
-            sample_fn=DecodedImage(size),
-            collate_fn=stack_images,
-            num_workers=compute.num_workers,
-        )
-        _collect(_image_batches(forward, batches, done, num_rows, compute), parts, ranks, num_rows, what)
+        if not done.all():
+            batches = image_batches(manifest, split, size, compute, ranks)
+            _collect(_image_batches(forward, batches, done, num_rows, compute, beside), parts, ranks, num_rows, what)
 
     together(ranks, work)
     on_first(ranks, parts.merge)
     return parts.load()
+
+
+def image_batches(
+    manifest: Manifest, split: str, size: int, compute: Compute, ranks: Ranks
+) -> Iterator[tuple[np.ndarray, tuple[Tensor | None, np.ndarray]]]:
+    """This rank's batches of a split, in order: rows [B] (those past the end pad the last one), pixels, there [B]."""
+    shards = manifest.split(split)
+    reader = ShardReader(manifest.folder, shards, manifest.remote)
+    return passes(
+        reader,
+        reader.shard_sizes,
+        batch_size=compute.batch_size,
+        rank=ranks.rank,
+        world=ranks.world,
+        sample_fn=DecodedImage(size),
+        collate_fn=stack_images,
+        num_workers=compute.num_workers,
+    )
 
 
 def embed_texts(
@@ -129,7 +169,12 @@ def embed_texts(
 
 
 def _image_batches(
-    forward: Forward, batches: Iterator[Any], done: np.ndarray, num_rows: int, compute: Compute
+    forward: Forward,
+    batches: Iterator[Any],
+    done: np.ndarray,
+    num_rows: int,
+    compute: Compute,
+    beside: Beside | None,
 ) -> Iterator[Arrays]:
     for rows, (pixels, there) in batches:
         rows = rows[: min(len(rows), num_rows - int(rows[0]))]  # the loader pads the last batch
@@ -138,7 +183,8 @@ def _image_batches(
         good = there[: len(rows)]
         piece = {"rows": rows.astype(np.int64), "good": good}
         if pixels is not None:
-            piece |= {name: values[: len(rows)][good] for name, values in compute.run(forward, pixels).items()}
+            inputs = (pixels,) if beside is None else (pixels[: len(rows)], *beside(rows))
+            piece |= {name: values[: len(rows)][good] for name, values in compute.run(forward, *inputs).items()}
         yield piece
 
 

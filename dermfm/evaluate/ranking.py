@@ -12,13 +12,15 @@ performance measures efficiently in the presence of tied scores", ECIR 2008.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 CHUNK = 128  # queries scored together; fixed, because the blocking of a matrix product moves last bits
 _LAST = np.iinfo(np.int32).max
 NOBODY = np.zeros(0, np.int64)
+# (number of the query, its scores [vectors], items that are out) → scores, the first of them in another order
+Rerank = Callable[[int, np.ndarray, np.ndarray], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +82,10 @@ class Pool:
             self._class_counts[label] = np.bincount(inside, minlength=len(self.vectors)).astype(np.int32)
         return self._class_counts[label]
 
+    def num_of_class(self, label: int) -> int:
+        """Items of one class."""
+        return int(self.class_counts(label).sum())
+
     def scores(self, queries: np.ndarray, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """(rows of one chunk, their similarities [chunk, vectors] float32)."""
         for start in range(0, len(rows), CHUNK):
@@ -114,6 +120,7 @@ def rank_classes(
     ks: tuple[int, ...],
     rows: np.ndarray | None = None,
     own_group: bool = False,
+    rerank: Rerank | None = None,
 ) -> Ranking:
     """Relevance is the same class. Queries [Q, d] with labels [Q] and groups [Q]; `rows` limits the work (default all).
 
@@ -127,7 +134,10 @@ def rank_classes(
     for part, scores in pool.scores(queries, rows):
         for query, score in zip(part, scores, strict=True):
             out, label = NOBODY if own_group else pool.members(groups[query]), int(labels[query])
-            if pool.is_repetitive:
+            score = score if rerank is None else rerank(query, score, out)
+            if pool.size == len(out):
+                found = NOTHING
+            elif pool.is_repetitive:
                 found = _rank_repetitive(score, pool, label, out, counted)
             else:
                 found = _rank_items(score, pool, label, out, counted)
@@ -144,26 +154,34 @@ def rank_targets(
     pool_items: np.ndarray,
     rows: np.ndarray | None = None,
     group_targets: bool = False,
+    labels: np.ndarray | None = None,
+    rerank: Rerank | None = None,
 ) -> TargetRank:
     """Rank of each query's own item. Queries [Q, d] with item ids [Q] and groups [Q]; pool items carry ids [N].
 
     Targets are the pool items of the same id and the rest of the group is out; with `group_targets` the others of the
-    group are the targets and the item itself is out (image to image of the same lesion).
+    group are the targets and the item itself is out (image to image of the same lesion). With `labels` [Q] only pool
+    items of the query's own class take part: what is left when the class tells nothing.
     """
     rows = np.arange(len(queries)) if rows is None else rows
     out = np.zeros((5, len(rows)), np.int64)
     place = 0
     for part, scores in pool.scores(queries, rows):
         for query, score in zip(part, scores, strict=True):
-            family = pool.members(groups[query])
+            family, counts, size = pool.members(groups[query]), pool.counts, pool.size
+            if labels is not None:
+                family = family[pool.labels[family] == labels[query]]
+                counts = pool.class_counts(int(labels[query]))
+                size = pool.num_of_class(int(labels[query]))
             own = pool_items[family] == items[query]
             targets, excluded = (family[~own], family[own]) if group_targets else (family[own], family[~own])
-            out[3:, place] = len(targets), pool.size - len(excluded)
+            out[3:, place] = len(targets), size - len(excluded)
             if len(targets):
+                score = score if rerank is None else rerank(query, score, excluded)
                 in_target, in_excluded = score[pool.vector_of[targets]], score[pool.vector_of[excluded]]
                 best = in_target.max()
-                out[0, place] = pool.counts[score > best].sum() - (in_excluded > best).sum()
-                out[1, place] = pool.counts[score == best].sum() - (in_excluded == best).sum()
+                out[0, place] = counts[score > best].sum() - (in_excluded > best).sum()
+                out[1, place] = counts[score == best].sum() - (in_excluded == best).sum()
                 out[2, place] = (in_target == best).sum()
             place += 1
     return TargetRank(*out)

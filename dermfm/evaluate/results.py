@@ -18,8 +18,10 @@ from dermfm.config import InputError, read_file
 from dermfm.evaluate.classify import Value
 from dermfm.evaluate.records import RecordSet, TextSet
 from dermfm.evaluate.zeroshot import Prompts
+from shards.manifest import write_text
 
 METRICS, EMBEDDINGS, IDS, PREDICTIONS = "metrics.json", "embeddings.safetensors", "ids.parquet", "predictions.parquet"
+CLASSES, REPORTS = "per_class.json", "reports.parquet"
 ROW_KEYS = (
     "task",
     "scope_kind",
@@ -45,14 +47,17 @@ ID_SCHEMA = pa.schema(
     + [pa.field(name, pa.int64()) for name in ("row", "label")]
 )
 PREDICTION_SCHEMA = pa.schema(
-    [pa.field(name, pa.string()) for name in ("task", "track", "record_id", "note_id", "class_set")]
-    + [pa.field("probabilities", pa.list_(pa.float64()))]
+    [pa.field(name, pa.string()) for name in ("task", "track", "record_id", "note_id", "class_set", "eval_strategy")]
+    + [pa.field("seed", pa.int64()), pa.field("probabilities", pa.list_(pa.float64()))]
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """Class probabilities [n, C] that embeddings alone cannot give, of the records `rows` [n]; with the notes read."""
+    """Class probabilities [n, C] that embeddings alone cannot give, of the records `rows` [n]; with the notes read.
+
+    `seed`: number of the repetition of a method that is reported as the mean over several.
+    """
 
     task: str
     class_set: str
@@ -61,6 +66,7 @@ class Prediction:
     track: str | None = None
     note_ids: list[str] | None = None
     strategy: str | None = None
+    seed: int | None = None
 
 
 def make_row(task: str, scope_kind: str, scope: str, metric: str, value: Value, **fields: Any) -> Row:
@@ -73,10 +79,21 @@ def write_metrics(folder: Path, run: str, step: int, manifest: str, protocol: di
     """Write metrics.json, the last file of an evaluation: where it is, the others are whole."""
     content = {"run": run, "step": step, "manifest": manifest, "protocol": protocol, "results": rows}
     path = folder / METRICS
-    temporary = folder / (METRICS + ".tmp")
-    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     return path
+
+
+def write_classes(folder: Path, tables: list[dict[str, Any]]) -> None:
+    """Write per_class.json: the confusion matrix and the classes' own measures of every classification."""
+    text = json.dumps({"results": tables}, ensure_ascii=False, allow_nan=False)
+    write_text(folder / CLASSES, text + "\n")
+
+
+def write_reports(folder: Path, rows: list[Row]) -> None:
+    """Write reports.parquet: what the decoder wrote for each record, the record's facts, and what was found wrong."""
+    names = ("record_id", "text", "facts", "stated", "unsupported")
+    kinds = [pa.string(), pa.string(), *[pa.list_(pa.string())] * 3]
+    _write_table(folder / REPORTS, rows, pa.schema(list(zip(names, kinds, strict=True))))
 
 
 def read_metrics(path: str | Path) -> dict[str, Any]:
@@ -124,6 +141,8 @@ def write_predictions(folder: Path, records: RecordSet, predictions: Iterable[Pr
             "record_id": records.record_ids[row],
             "note_id": p.note_ids[k] if p.note_ids else None,
             "class_set": p.class_set,
+            "eval_strategy": p.strategy,
+            "seed": p.seed,
             "probabilities": p.probabilities[k],
         }
         for p in predictions

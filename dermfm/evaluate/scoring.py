@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
 from dermfm.evaluate import ranking
-from dermfm.evaluate.classify import Value, classification
+from dermfm.evaluate.classify import Value, classification, per_class
 from dermfm.evaluate.ranking import Pool, Ranking, TargetRank
 from dermfm.evaluate.ranks import Ranks
+from dermfm.evaluate.records import CLASS_SETS
 from dermfm.evaluate.results import Row, make_row
 from dermfm.evaluate.shift import Scope
 from dermfm.evaluate.statistics import Draws, class_mean, class_mean_draws, interval, mean_draws, median_draws
@@ -22,7 +23,10 @@ RECALL_AT = (1, 5, 10)
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-    """Class scores [n, C] of the records `rows` [n], probabilities if `calibrated`; `fields` go into the rows."""
+    """Class scores [n, C] of the records `rows` [n], probabilities if `calibrated`; `fields` go into the rows.
+
+    Scores [R, n, C] are repetitions of one method (few-shot draws), whose mean is reported.
+    """
 
     task: str
     class_set: str
@@ -39,19 +43,34 @@ class Side:
     vectors: np.ndarray
     rows: np.ndarray
 
+    def take(self, which: np.ndarray) -> Side:
+        """Some of them, by a mask or by numbers."""
+        return Side(self.vectors[which], self.rows[which])
+
 
 @dataclasses.dataclass(frozen=True)
 class Retrieved:
-    """Results of all queries: records `rows` [n] with labels [n]; class-level ranking and rank of the own item."""
+    """Results of all queries: records `rows` [n] with labels [n]; class-level ranking, rank of the own item, and its
+    rank among the items of the query's own class (None where the protocol has no instance level)."""
 
     task: str
     rows: np.ndarray
     labels: np.ndarray
     classes: Ranking
-    targets: TargetRank
+    targets: TargetRank | None
+    class_targets: TargetRank | None
     pool: int
     class_pool: int
     fields: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class RetrievalRules:
+    """Quirks of the reference protocol: the query's own group stays in the pool, identical embeddings stand in it once;
+    with the first of them there is no instance level."""
+
+    self_in_pool: bool = False
+    merge_identical: bool = False
 
 
 def classification_rows(
@@ -62,10 +81,23 @@ def classification_rows(
     for scope in scopes:
         keep = scope.mask[scored.rows] & (labels >= 0)
         if keep.any():
-            values = classification(labels[keep], scored.scores[keep], scored.rows[keep], draws, scored.calibrated)
+            kept = scored.scores[..., keep, :]
+            values = classification(labels[keep], kept, scored.rows[keep], draws, scored.calibrated)
             own = {"class_set": scored.class_set} | fields | scored.fields
             for metric, value in values.items():
                 yield make_row(scored.task, scope.kind, scope.name, metric, value, **own)
+
+
+def class_tables(scored: Scored, truth: np.ndarray, scopes: list[Scope], draws: Draws) -> Iterator[dict[str, Any]]:
+    """The confusion matrix and the classes' own measures of one classification task in every scope with records."""
+    labels = truth[scored.rows]
+    for scope in scopes:
+        keep = scope.mask[scored.rows] & (labels >= 0)
+        if keep.any() and scored.scores.ndim == 2:
+            own = {"track": scored.fields.get("track"), "eval_strategy": scored.fields.get("eval_strategy")}
+            where = {"task": scored.task, "scope_kind": scope.kind, "scope": scope.name, "class_set": scored.class_set}
+            names = CLASS_SETS[scored.class_set]
+            yield where | own | per_class(labels[keep], scored.scores[keep], scored.rows[keep], draws, names)
 
 
 def retrieve(
@@ -77,43 +109,72 @@ def retrieve(
     ranks: Ranks,
     same_kind: bool = False,
     fields: dict[str, Any] | None = None,
+    rules: RetrievalRules | None = None,
+    rerank: Callable[[Side, Side], ranking.Rerank] | None = None,
 ) -> Retrieved:
     """Rank `pool` for every query, sharded over ranks. labels, groups [N] are those of all records.
 
     Class level: items of unknown label are out of pool and queries, the own group is out of the pool. Instance level:
     the target is the record's own item; with `same_kind` (image to image) it is the other items of the own group.
+    `rerank` makes of queries and pool what brings the first items of each query into another order.
     """
+    rules = rules or RetrievalRules()
     group_number = np.unique(groups.astype(str), return_inverse=True)[1].ravel()
     mine = ranking.shard_rows(len(queries.rows), ranks.rank, ranks.world)
     query_labels, query_groups = labels[queries.rows], group_number[queries.rows]
+    pool = _once(pool) if rules.merge_identical else pool
     known = labels[pool.rows] >= 0
-    class_pool = Pool(pool.vectors[known], labels[pool.rows[known]], group_number[pool.rows[known]])
-    by_class = ranking.rank_classes(queries.vectors, query_labels, query_groups, class_pool, PRECISION_AT, mine)
-    all_pool = Pool(pool.vectors, labels[pool.rows], group_number[pool.rows])
-    by_item = ranking.rank_targets(
-        queries.vectors, queries.rows, query_groups, all_pool, pool.rows, mine, group_targets=same_kind
+    by_class = ranking.rank_classes(
+        queries.vectors,
+        query_labels,
+        query_groups,
+        Pool(pool.vectors[known], labels[pool.rows[known]], group_number[pool.rows[known]]),
+        PRECISION_AT,
+        mine,
+        own_group=rules.self_in_pool,
+        rerank=rerank and rerank(queries, pool.take(known)),
     )
+    targets: list[TargetRank | None] = [None, None]
+    if not rules.self_in_pool:
+        items = Pool(pool.vectors, labels[pool.rows], group_number[pool.rows])
+        change = rerank and rerank(queries, pool)
+        for i, within in enumerate((None, query_labels)):
+            found = ranking.rank_targets(
+                queries.vectors, queries.rows, query_groups, items, pool.rows, mine, same_kind, within, change
+            )
+            targets[i] = _gather(ranks, mine, found, len(queries.rows))
     return Retrieved(
         task=task,
         rows=queries.rows,
         labels=query_labels,
         classes=_gather(ranks, mine, by_class, len(queries.rows)),
-        targets=_gather(ranks, mine, by_item, len(queries.rows)),
+        targets=targets[0],
+        class_targets=targets[1],
         pool=len(pool.rows),
         class_pool=int(known.sum()),
         fields=fields or {},
     )
 
 
+def _once(pool: Side) -> Side:
+    """The first item of every distinct vector."""
+    _, of = ranking.unique_rows(pool.vectors)
+    return pool.take(np.unique(of, return_index=True)[1])
+
+
 def retrieval_rows(found: Retrieved, scopes: list[Scope], draws: Draws, **fields: Any) -> Iterator[Row]:
-    """Rows of one retrieval task; a scope limits the queries, the pool is always the whole one."""
+    """Rows of one retrieval task; a scope limits the queries, the pool is always the whole one. Instance level against
+    the pool items of the own class only has `same-class` in its eval_strategy."""
+    own = fields | found.fields
+    within = "+".join(filter(None, (own.get("eval_strategy"), "same-class")))
     for scope in scopes:
         inside = scope.mask[found.rows]
-        own = fields | found.fields
         for metric, value in _class_values(found, inside & (found.labels >= 0), draws):
             yield make_row(found.task, scope.kind, scope.name, metric, value, class_set="classes", **own)
-        for metric, value in _target_values(found, inside, draws):
+        for metric, value in _target_values(found, found.targets, inside, draws, found.pool):
             yield make_row(found.task, scope.kind, scope.name, metric, value, **own)
+        for metric, value in _target_values(found, found.class_targets, inside & (found.labels >= 0), draws):
+            yield make_row(found.task, scope.kind, scope.name, metric, value, **own | {"eval_strategy": within})
 
 
 def _class_values(found: Retrieved, inside: np.ndarray, draws: Draws) -> Iterator[tuple[str, Value]]:
@@ -135,21 +196,25 @@ def _class_values(found: Retrieved, inside: np.ndarray, draws: Draws) -> Iterato
     yield "map_macro", Value(class_mean(ap, labels), *macro, class_mean(chance, labels), len(use), found.class_pool)
 
 
-def _target_values(found: Retrieved, inside: np.ndarray, draws: Draws) -> Iterator[tuple[str, Value]]:
-    use = np.flatnonzero(inside & (found.targets.num_targets > 0))
-    if not len(use):
+def _target_values(
+    found: Retrieved, targets: TargetRank | None, inside: np.ndarray, draws: Draws, pool: int | None = None
+) -> Iterator[tuple[str, Value]]:
+    """`pool` None: pools differ from query to query, and their mean size is told."""
+    if targets is None or not (inside & (targets.num_targets > 0)).any():
         return
-    rows, own = found.rows[use], _take(found.targets, use)
+    use = np.flatnonzero(inside & (targets.num_targets > 0))
+    rows, own = found.rows[use], _take(targets, use)
     blind = ranking.random_order(own)
+    size = round(float(own.pool_size.mean())) if pool is None else pool
     for k in RECALL_AT:
         hits, chance = ranking.recall_at(own, k), float(ranking.recall_at(blind, k).mean())
         yield (
             f"r@{k}",
-            Value(float(hits.mean()), *interval(mean_draws(hits, rows, draws)), chance, len(use), found.pool),
+            Value(float(hits.mean()), *interval(mean_draws(hits, rows, draws)), chance, len(use), size),
         )
     middle, chance = ranking.mid_rank(own), float(np.median(ranking.mid_rank(blind)))
     low_high = interval(median_draws(middle, rows, draws))
-    yield "median_rank", Value(float(np.median(middle)), *low_high, chance, len(use), found.pool)
+    yield "median_rank", Value(float(np.median(middle)), *low_high, chance, len(use), size)
 
 
 def _take(ranks: TargetRank, use: np.ndarray) -> TargetRank:

@@ -10,6 +10,7 @@ from dermfm.config import InputError, check_choice, key, nearest
 from dermfm.evaluate.records import RecordSet
 from dermfm.records.vocabulary import CLASSES
 
+QUIRKS = ("all_splits_in_pool", "self_in_pool", "merge_identical", "bare_words")
 PARTITIONS = ("internal", "external", "dermoscopic", "clinical", "all")
 
 
@@ -17,18 +18,32 @@ PARTITIONS = ("internal", "external", "dermoscopic", "clinical", "all")
 class ProtocolConfig:
     """Which data sets play which role, and how they are scored."""
 
-    name: str = key("strict", "strict (one note a record, own group out of the pool, ties by expectation)")
+    name: str = key("strict", "strict (own group out of the pool), or reference (the pool of the reference study)")
     internal: list[str] = key([], "data sets of the training domain; empty: those with training samples in the shards")
     external: list[str] = key([], "data sets under domain shift; empty: all others")
     endpoint: str = key(
         "f1_macro", "metric of the primary endpoint: image classification, mean over external data sets"
     )
+    all_splits_in_pool: bool | None = key(None, "the pool holds training and validation records too; null: reference")
+    self_in_pool: bool | None = key(None, "the query itself, and its group, stay in the pool; null: reference only")
+    merge_identical: bool | None = key(None, "identical embeddings stand in the pool once; null: reference only")
+    bare_words: bool | None = key(None, "zero-shot by the bare class words alone; null: reference only")
 
     def __post_init__(self) -> None:
-        check_choice("protocol.name", self.name, ("strict",))
+        check_choice("protocol.name", self.name, ("strict", "reference"))
         both = sorted(set(self.internal) & set(self.external))
         if both:
             raise ValueError(f"protocol.external: '{both[0]}' is also in protocol.internal; a data set has one role")
+        for quirk in QUIRKS:
+            if self.name == "strict" and getattr(self, quirk):
+                raise ValueError(
+                    f"protocol.{quirk}: true exists in the reference protocol only; protocol.name=reference"
+                )
+
+    def has(self, quirk: str) -> bool:
+        """Whether one of QUIRKS is on: as given, else as the named protocol has it."""
+        given = getattr(self, quirk)
+        return self.name == "reference" if given is None else bool(given)
 
 
 @dataclass(frozen=True)
@@ -57,9 +72,14 @@ def resolve_roles(protocol: ProtocolConfig, present: list[str], trained: list[st
     return replace(protocol, internal=sorted(internal), external=sorted(external))
 
 
-def make_scopes(records: RecordSet, protocol: ProtocolConfig) -> list[Scope]:
-    """Every data set, then the partitions that hold records; `protocol` has its roles resolved."""
-    scopes = [Scope("dataset", name, records.datasets == name) for name in sorted(set(records.datasets))]
+def make_scopes(records: RecordSet, protocol: ProtocolConfig, scored: np.ndarray | None = None) -> list[Scope]:
+    """Every data set, then the partitions that hold records; `protocol` has its roles resolved.
+
+    `scored` bool [N] limits all of them (the others are in the records as pool items only).
+    """
+    scored = np.ones(len(records), bool) if scored is None else scored
+    names = sorted(set(records.datasets[scored]))
+    scopes = [Scope("dataset", name, scored & (records.datasets == name)) for name in names]
     masks = {
         "internal": np.isin(records.datasets, protocol.internal),
         "external": np.isin(records.datasets, protocol.external),
@@ -67,7 +87,8 @@ def make_scopes(records: RecordSet, protocol: ProtocolConfig) -> list[Scope]:
         "clinical": records.modality == "clinical",
         "all": np.ones(len(records), bool),
     }
-    scopes += [Scope("partition", name, masks[name]) for name in PARTITIONS if masks[name].any()]
+    found = {name: scored & mask for name, mask in masks.items()}
+    scopes += [Scope("partition", name, found[name]) for name in PARTITIONS if found[name].any()]
     return scopes
 
 

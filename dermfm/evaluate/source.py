@@ -32,9 +32,30 @@ def find_source(run: str | None, checkpoint: str | None) -> Source:
     return Source(found, checkpoints.read_state(found).step, digest, directory, read_yaml(directory / "config.yaml"))
 
 
+def outside_source(name: str, identity: str) -> Source:
+    """What stands for a checkpoint where a model comes from elsewhere: its name, step 0, no run."""
+    return Source(Path(name), 0, identity, Path(name.rstrip("/").replace("/", "-").replace(":", "-")), {})
+
+
+def untrained_heads(config: dict[str, Any]) -> dict[str, str]:
+    """Tasks whose head the run gave no weight, with the reason; nothing where its configuration has no objectives."""
+    weights = config.get("objectives")
+    if not isinstance(weights, dict):
+        return {}
+    heads = {f"classify-{kind}": f"classify_{kind}" for kind in ("image", "text", "fused")}
+    shared = bool((config.get("model") or {}).get("shared_layers"))
+    return {
+        task: f"the run trained no such head (objectives.{name}=0)"
+        for task, name in heads.items()
+        if not weights.get(name) and not (shared and (weights.get("classify_image") or weights.get("classify_text")))
+    }
+
+
 def shards_folder(given: str | None, source: Source) -> str:
     """The folder of shards: as given, else the one that the run was trained from."""
     folder = given or _lookup(source.config, "shards")
+    if not isinstance(folder, str) and not source.config:
+        raise InputError("shards: a model from outside needs shards=<folder>")
     if not isinstance(folder, str):
         raise InputError(f"shards: {source.run / 'config.yaml'} names no folder of shards; give shards=<folder>")
     return folder

@@ -22,7 +22,7 @@ class Draws:
 
     def sums(self, values: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Resampled sums [resamples, ...] of `values` [n, ...] that belong to the records `rows` [n]."""
-        flat = np.asarray(values, dtype=float).reshape(len(rows), -1)
+        flat = np.asarray(values, dtype=float).reshape(len(rows), int(np.prod(np.shape(values)[1:])))
         out = np.zeros((len(self.weights), flat.shape[1]))
         if len(rows):
             order = np.argsort(self.group_of[rows], kind="stable")

@@ -13,6 +13,7 @@ from dermfm.evaluate.results import read_metrics
 SHOWN = (
     ("classify-image", "f1_weighted", "model\nF1w"),
     ("probe", "f1_weighted", "probe\nF1w"),
+    ("classify-fused", "f1_weighted", "fused\nF1w"),
     ("zero-shot", "f1_weighted", "zero-shot\nF1w"),
     ("classify-image", "balanced_accuracy", "model\nbal.acc"),
     ("probe", "balanced_accuracy", "probe\nbal.acc"),
@@ -27,7 +28,7 @@ def print_summary(path: Path) -> None:
     """Print one line a scope with the most read numbers, and where the whole lies."""
     content = read_metrics(path)
     rows = content["results"]
-    scopes = list(dict.fromkeys((r["scope_kind"], r["scope"]) for r in rows))
+    scopes = list(dict.fromkeys((r["scope_kind"], r["scope"]) for r in rows if r["scope_kind"] != "subgroup"))
     table = Table(title=f"{content['run']} step {content['step']}")
     table.add_column("scope", no_wrap=True)
     for _, _, title in SHOWN:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -33,12 +34,12 @@ class Prompts:
     bare: np.ndarray
 
 
-def make_prompts() -> Prompts:
-    """Every template filled with every word of every class set."""
+def make_prompts(templates: Mapping[str, Sequence[str]] = TEMPLATES) -> Prompts:
+    """Every template filled with every word of every class set; the bare word is always among them."""
     rows = [
-        (template.format(word), name, index, template == BARE)
+        (template.replace("{}", word), name, index, template == BARE)
         for name, words in CLASS_SETS.items()
-        for template in TEMPLATES[name]
+        for template in dict.fromkeys((BARE, *templates.get(name, ())))
         for index, word in enumerate(words)
     ]
     texts, sets, classes, bare = (list(column) for column in zip(*rows, strict=True))

@@ -34,7 +34,9 @@ def main() -> None:
     if process.world > 1:
         start_group(process)
     try:
-        config = job.EvaluateConfig(run=run, out=out, shards=shards, resamples=30, batch_size=8, device="cpu")
+        every = {"tasks": list(job.TASKS), "rerank": 3, "shots": [2], "few_shot_draws": 2, "subgroup_min": 10}
+        own = {"run": run, "out": out, "shards": shards, "resamples": 30, "batch_size": 8, "device": "cpu"}
+        config = job.EvaluateConfig(**own, **every)
         job.evaluate(config, current_ranks())
     finally:
         close_group()

@@ -16,6 +16,7 @@ import torch
 from safetensors.numpy import load_file
 
 from cluster.local import free_port
+from dermfm.model.decoder import DecoderConfig
 from dermfm.model.dermfm import DermFM
 
 SCRIPT = Path(__file__).with_name("evaluate_rank.py")
@@ -39,6 +40,7 @@ def run(make: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> SimpleNam
     """A run directory with shards of 80 test records."""
     folder = tmp_path_factory.mktemp("ranks")
     config = make.tiny_config(folder / "encoder")
+    config.decoder = DecoderConfig(depth=1, width=16, heads=2)
     torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
         return make.build_run(folder, DermFM(config).eval(), config, patch)
@@ -76,4 +78,7 @@ def test_any_number_of_ranks_gives_the_same_metrics_and_embeddings(
     ours, theirs = load_file(tmp_path / "embeddings.safetensors"), load_file(alone / "embeddings.safetensors")
     for name in ("image", "text", "prompt"):
         np.testing.assert_array_equal(ours[name], theirs[name])
-    assert (tmp_path / "predictions.parquet").read_bytes() == (alone / "predictions.parquet").read_bytes()
+    for name in ("predictions.parquet", "per_class.json", "reports.parquet"):
+        assert (tmp_path / name).read_bytes() == (alone / name).read_bytes()
+    tasks = {row["task"] for row in json.loads((alone / "metrics.json").read_text())["results"]}
+    assert tasks >= {"classify-fused", "few-shot", "report", "retrieval-t2t", "zero-shot", "probe"}

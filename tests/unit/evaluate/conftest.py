@@ -79,13 +79,19 @@ def make_record(dataset: str, number: int, label: int | None, split: str, group:
         "split": split,
     }
     malignancy = None if label is None else MALIGNANCY_OF[label]
-    return fields | {
-        "label": label,
-        "malignancy": malignancy,
-        "matched_subclass": subclass,
-        "group_id": group,
-        "notes": notes,
-    }
+    person = {"sex": ("female", "male")[number % 2], "age": 20.0 + 7 * (number % 9), "fitzpatrick": 1 + number % 6}
+    return (
+        fields
+        | person
+        | {
+            "site": ("head_neck_face", "trunk", None)[number % 3],
+            "label": label,
+            "malignancy": malignancy,
+            "matched_subclass": subclass,
+            "group_id": group,
+            "notes": notes,
+        }
+    )
 
 
 def _subclass_classes() -> list[int]:
