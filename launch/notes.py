@@ -1,6 +1,7 @@
 """Synthesize clinical notes for the records: one row a note in <out>/part-NNNNN.parquet.
 
-`template` and `label` need no model; prompted strategies (narrative) are written by a language model on Ray actors,
+`template` and `label` need no model; `shuffled` and `shuffled_within_class` give the training notes of `of` to other
+records; prompted strategies (narrative) are written by a language model on Ray actors,
 checked against the record's facts, tried again, repaired, or replaced by the template, and each row says which.
 The same command continues what was interrupted and makes only what is missing.
 """
@@ -16,6 +17,7 @@ from typing import Any
 from cluster import allocation
 from cluster.ray import RayError
 from dermfm.config import InputError
+from dermfm.notes.controls import write_controls
 from dermfm.notes.plan import NotesConfig
 from dermfm.notes.store import SOURCES
 from dermfm.notes.synthesize import Tally, TooManyFailures, plan_notes, summary, synthesize
@@ -52,6 +54,8 @@ def run(config: NotesConfig, call: Any) -> int:
         return 1
     except RayError as error:
         raise InputError(f"ray: {error}") from error
+    for control, count in write_controls(config, table).items():
+        print(f"{control}: {count} notes of '{config.of}' given to other training records")
     _print_summary(config, tally, time.monotonic() - began)
     return 0
 

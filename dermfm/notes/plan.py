@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from dermfm.config import InputError, check_choice, check_range, check_share, key, short_hash
-from dermfm.notes import store
+from dermfm.notes import controls, store
 from dermfm.notes.engines.protocol import EngineConfig
 from dermfm.notes.strategies import Strategy, find_strategies
 from dermfm.records.table import SPLITS
@@ -23,7 +23,10 @@ class NotesConfig:
 
     records: str = key("???", "records.parquet")
     out: str = key("???", "folder of part-*.parquet")
-    strategies: list[str] = key(["template"], "template | label | a prompt file's name (narrative)")
+    strategies: list[str] = key(
+        ["template"], "template | label | a prompt file's name (narrative) | shuffled | shuffled_within_class"
+    )
+    of: str = key("narrative", "the strategy whose training notes shuffled and shuffled_within_class give to others")
     engine: EngineConfig = key(EngineConfig, "the model that writes prompted strategies")
     prompts: str | None = key(None, "folder of prompt files; null takes the packaged ones")
     limit: int | None = key(None, "prompted strategies write for at most so many records, spread over all classes")
@@ -52,6 +55,11 @@ class NotesConfig:
         check_share(self.share)
         if not self.strategies:
             raise ValueError("strategies: at least one is needed, for example [template]")
+        if self.of in controls.CONTROLS:
+            raise ValueError(f"of: '{self.of}' is itself made of another strategy's notes; name that one")
+        derived = [name for name in self.strategies if name in controls.CONTROLS]
+        if derived and self.share != [0, 1]:
+            raise ValueError(f"share: '{derived[0]}' needs all notes of '{self.of}'; make it in a call without share")
         for name in ("part_size", "threads_per_actor", "lease"):
             check_range(name, getattr(self, name), 1)
         for name in ("limit", "actors"):
@@ -100,9 +108,9 @@ def make_plan(config: NotesConfig, table: pa.Table, revision: str) -> Plan:
     again with the same batches; finished parts always stay. `revision` is the model's.
     """
     wanted: dict[str, PlannedNote] = {}
-    for strategy in find_strategies(config.strategies, config.prompts):
+    for strategy in find_strategies(controls.written(config.strategies), config.prompts):
         wanted |= {note.note_id: note for note in _notes_of(strategy, config, table, revision)}
-    if not wanted:
+    if not wanted and controls.written(config.strategies):
         raise InputError(f"{config.records}: no record of the splits {', '.join(config.splits)} can get such a note")
     done = store.done_parts(config.out)
     parts = {index: store.part_ids(path) for index, path in done.items()}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dermfm.config import InputError, nearest
+from dermfm.notes.controls import CONTROLS
 from dermfm.notes.facts import Facts, facts_note, plain_diagnosis, visible_facts
 from dermfm.notes.prompts import PROMPTS, LoadedPrompt, load_prompt
 from dermfm.records.vocabulary import CLASSES
@@ -94,7 +95,7 @@ def _find(name: str, folder: Path) -> Strategy:
         return FIXED[name]
     path = folder / f"{name}.yaml"
     if not path.is_file():
-        valid = [*FIXED, *(p.stem for p in folder.glob("*.yaml"))]
+        valid = [*FIXED, *CONTROLS, *(p.stem for p in folder.glob("*.yaml"))]
         raise InputError(f"strategies: no strategy '{name}' in {folder}; {nearest(name, valid)}")
     loaded = load_prompt(str(path))
     prompt = loaded.prompt

@@ -14,6 +14,7 @@ from cluster.actors import Done, Resources, room_for, work_through
 from cluster.ray import ray_session
 from dermfm.config import InputError
 from dermfm.notes import store
+from dermfm.notes.controls import written
 from dermfm.notes.engines.protocol import Request, prepare_engine
 from dermfm.notes.plan import NotesConfig, Plan, PlannedNote, engine_of, make_plan, record_of
 from dermfm.notes.strategies import find_strategies
@@ -46,7 +47,7 @@ class Tally:
 
 def plan_notes(config: NotesConfig) -> tuple[Plan, pa.Table]:
     """The plan and the records table; the model is looked for first, and InputError says what is not there."""
-    strategies = find_strategies(config.strategies, config.prompts)
+    strategies = find_strategies(written(config.strategies), config.prompts)
     revision = prepare_engine(config.engine) if any(s.prompt for s in strategies) else ""
     table = read_records(config.records)
     return make_plan(config, table, revision), table
