@@ -152,6 +152,7 @@ class StudyConfig:
     train: TrainConfig = key(TrainConfig, "tier 2: the job train; run, shards, strategies and seed are the cell's")
     evaluate: EvaluateConfig = key(EvaluateConfig, "tier 2: the job evaluate")
     protocol: ProtocolConfig = key(ProtocolConfig, "roles of the data sets")
+    only: list[str] = key([], "do the cells, and write the notes, of these strategies only for now; empty: all")
     cells: list[int] = key([0, 1], "[k, n]: do the cells whose number mod n is k, as one of n jobs on the same folder")
     resamples: int = key(2000, "bootstrap resamples of groups for the effects")
     cell_resamples: int = key(200, "bootstrap resamples for the intervals of one cell")
@@ -205,8 +206,10 @@ class StudyConfig:
                 raise ValueError(
                     f"mixes.{name}: {members} is not valid; give two or more strategies with notes of their own"
                 )
-        for name in self.seeds:
-            check_range("seeds", name, 0)
+        for seed in self.seeds:
+            check_range("seeds", seed, 0)
+        for name in self.only:
+            check_choice("only", name, (*self.controls, *self.strategies))
         for name in self.tier2_strategies:
             check_choice("tier2_strategies", name, (*self.controls, *self.strategies, BEST))
         check_choice("of", self.of, [n for n in (LABEL, TEMPLATE, *self.strategies) if n not in self.mixes])
@@ -233,9 +236,13 @@ class StudyConfig:
         """The strategies whose notes a cell reads; none for image-only."""
         return [] if strategy == IMAGE_ONLY else self.mixes.get(strategy, [strategy])
 
-    def written(self) -> list[Strategy]:
-        """The strategies whose notes must be written; InputError for an unknown one, with the nearest name."""
-        names = [n for s in (*self.controls, *self.strategies) for n in control_notes.written(self.members(s))]
+    def written(self, only: Sequence[str] = ()) -> list[Strategy]:
+        """The strategies whose notes must be written (for `only` these cells, if given), the sources of the shuffled
+        ones included; InputError for an unknown one, with the nearest name."""
+        asked = only or [*self.controls, *self.strategies]
+        names = [n for s in asked for n in control_notes.written(self.members(s))]
+        if set(asked) & set(control_notes.CONTROLS):
+            names.append(self.of)
         return find_strategies(names, self.notes.prompts)
 
 

@@ -30,7 +30,7 @@ class CellNotes:
 
 def notes_config(config: StudyConfig, engine: StudyEngine) -> NotesConfig:
     """The job notes of one engine."""
-    strategies = [strategy.name for strategy in config.written()]
+    strategies = [strategy.name for strategy in config.written(config.only)]
     return dataclasses.replace(
         config.notes, strategies=strategies, of=config.of, engine=engine.engine, splits=["train"], share=[0, 1]
     )
@@ -45,6 +45,9 @@ def make_notes(config: StudyConfig) -> dict[str, pa.Table]:
     """Write what is missing, in one folder for all engines; engine → its notes as NOTE_SCHEMA, the derived included."""
     tables = {}
     for engine in config.engines:
+        if not config.written(config.only):
+            tables[engine.name] = store.NOTE_SCHEMA.empty_table()
+            continue
         plan, records = plan_engine(config, engine)
         if plan.num_missing:
             print(f"notes: {plan.num_missing} of {len(plan.notes)} are to be written ({engine.name})", flush=True)
@@ -56,7 +59,7 @@ def make_notes(config: StudyConfig) -> dict[str, pa.Table]:
 def with_controls(config: StudyConfig, notes: pa.Table, records: pa.Table) -> pa.Table:
     """The table with the rows of the shuffled controls."""
     rows: list[dict[str, Any]] = []
-    for control in controls.CONTROLS:
+    for control in (c for c in controls.CONTROLS if not config.only or c in config.only):
         derived = controls.derive(notes, records, control, config.of, config.seed)
         rows += derived.rows
         for label, count in derived.without.items():

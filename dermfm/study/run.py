@@ -39,7 +39,8 @@ def run_study(config: StudyConfig, run_job: RunJob) -> int:
     Path(config.out).mkdir(parents=True, exist_ok=True)
     write_text(Path(config.out) / "study.yaml", to_yaml(config))
     shared = prepare(config)
-    cells = all_cells(config, best_of(config))
+    every = all_cells(config, best_of(config))
+    cells = [cell for cell in every if not config.only or cell.strategy in config.only]
     notes = {(c.strategy, c.engine): cell_notes(config, c, shared.notes, len(shared.records["train"])) for c in cells}
     made_of = {cell: ingredients(config, cell, notes[cell.strategy, cell.engine], shared) for cell in cells}
     missing = missing_cells(config, cells, made_of)
@@ -48,7 +49,7 @@ def run_study(config: StudyConfig, run_job: RunJob) -> int:
     code = _run_tier1(config, own, notes, made_of, shared) if config.tier == 1 else 0
     if config.tier == 2:
         code = tier2.run(config, own, notes, made_of, shared, run_job)
-    write_tables(config, cells, made_of, shared.protocol)
+    write_tables(config, every, made_of, shared.protocol)
     return code
 
 
@@ -99,7 +100,8 @@ def best_of(config: StudyConfig) -> list[str]:
         raise InputError(
             f"tier2_strategies: 'best' needs finished cells of tier 1 in {config.out}; run the study with tier=1 first"
         )
-    return list(max(sorted(scores), key=lambda pair: float(np.mean(scores[pair]))))
+    best = max(sorted(scores), key=lambda pair: float(np.mean(scores[pair])))
+    return list(best)
 
 
 def ingredients(config: StudyConfig, cell: Cell, notes: CellNotes, shared: Shared) -> dict[str, Any]:

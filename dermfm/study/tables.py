@@ -42,10 +42,12 @@ def write_tables(
 ) -> Path:
     """Write all tables from the finished cells of the folder, those of other tiers and the probe included.
 
-    Cells of this tier that were made of something else than the present configuration says are left out.
+    `cells` are all of the tier, `made_of` what those are made of that are asked for now. Cells that were made of
+    something else than the present configuration says are left out.
     """
-    known = {cell.id: made_of[cell] for cell in cells}
-    contents = [c for c in stored.read_cells(config.out) if c["tier"] != config.tier or _counts(c, known)]
+    names = {cell.id for cell in cells}
+    known = {cell.id: made for cell, made in made_of.items()}
+    contents = [c for c in stored.read_cells(config.out) if c["tier"] != config.tier or _counts(c, names, known)]
     truth = Truth(stored.read_scored(config.out), protocol, config.resamples, config.seed)
     found = effects([c for c in contents if c["objective"] != "none"], truth, config.seed)
     out = Path(config.out)
@@ -59,11 +61,15 @@ def write_tables(
     return out / STUDY
 
 
-def _counts(content: Mapping[str, Any], known: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Whether a cell belongs to the present study: the probe, or a cell of the same making."""
+def _counts(content: Mapping[str, Any], names: set[str], known: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether a cell belongs to the present study: the probe, or a cell of its own that was made of what it says.
+
+    Of cells that `only` leaves out for now it is not known what they would be made of; they count.
+    """
     if content["objective"] == "none":
         return True
-    return content["id"] in known and not stored.stale(content, known[content["id"]])
+    made_of = known.get(content["id"])
+    return content["id"] in names and (made_of is None or not stored.stale(content, made_of))
 
 
 def cell_rows(content: Mapping[str, Any]) -> list[dict[str, Any]]:

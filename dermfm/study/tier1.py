@@ -114,7 +114,7 @@ def train_once(
     """One training from its first step to its last; the model, and the losses by objective of the last step."""
     model = build_model(config, data, seed)
     rates = dataclasses.replace(config.optimizer, lr=lr, image_lr=lr)
-    optimizer = torch.optim.AdamW(parameter_groups(model, rates), betas=tuple(rates.betas), eps=rates.eps)
+    optimizer = torch.optim.AdamW(parameter_groups(model, rates), betas=(rates.betas[0], rates.betas[1]), eps=rates.eps)
     train = data.records["train"]
     labels = [None if label < 0 else int(label) for label in train.labels]
     order = SampleOrder(

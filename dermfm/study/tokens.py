@@ -218,9 +218,10 @@ class StoredImage(nn.Module):
         super().__init__()
         self.width, self.grid = width, grid
         self._tokens = tokens
-        self.adapter = nn.Sequential(
-            nn.LayerNorm(tokens.shape[2]), nn.Linear(tokens.shape[2], width), nn.GELU(), nn.Linear(width, width)
-        )
+        # No scale and shift in the norm (the next layer has them): so no gradient is taken back to the wide tokens.
+        wide = tokens.shape[2]
+        norm = nn.LayerNorm(wide, elementwise_affine=False)
+        self.adapter = nn.Sequential(norm, nn.Linear(wide, width), nn.GELU(), nn.Linear(width, width))
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """See the class. The argument has the name that the model's phases give it."""
