@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from launch.cli import Call
 
 PIPELINE = "pipeline"
-JOBS = {"slurm": (*submission.TEMPLATES, PIPELINE), "ray": ("records", "notes", "shards", "evaluate", "report")}
+RAY_JOBS = ("records", "notes", "shards", "evaluate", "report", "study")
+JOBS = {"slurm": (*submission.TEMPLATES, PIPELINE), "ray": RAY_JOBS}
 SCHEMAS = {"slurm": SlurmConfig, "ray": RayConfig}
 
 

@@ -164,7 +164,7 @@ class StudyConfig:
         self.objectives = self.objectives or [StudyObjective(name="standard")]
         check_choice("tier", str(self.tier), ("1", "2"))
         check_choice("device", self.device, ("auto", "cpu", "cuda"))
-        check_range("resamples", self.resamples, 100)
+        check_range("resamples", self.resamples, 200)
         check_range("cell_resamples", self.cell_resamples, 20)
         _check_cells(self.cells)
         for name in CONTROLS:
