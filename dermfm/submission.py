@@ -32,9 +32,11 @@ TEMPLATES = {
     "train": "train.sbatch",
     "evaluate": "evaluate.sbatch",
     "report": "shards.sbatch",
+    "study": "shards.sbatch",
 }
 PLAIN = ("records", "shards", "report")
-ARRAYS = ("notes", "shards")
+ARRAYS = ("notes", "shards", "study")
+ONE_TASK = ("notes", "study")  # one process a node, which starts others itself
 GUESTS = ("evaluate", "report")  # they work in a training run's folder
 
 
@@ -52,7 +54,7 @@ class SlurmConfig:
     qos: str | None = key(None, "quality of service")
     constraint: str | None = key(None, "features that nodes must have")
     memory: str | None = key(None, "memory a node (64G)")
-    array: int = key(1, "notes and shards: so many jobs side by side, each with its share")
+    array: int = key(1, "notes, shards and study: so many jobs side by side, each with its share")
     name: str | None = key(None, "job name; null: dermfm-<job>")
     warn_s: int = key(120, "seconds before the time limit at which the job is told to stop")
     setup: list[str] = key([], "shell lines that run first, as they are (module load cuda)")
@@ -106,7 +108,7 @@ def folder_of(job: str, config: Any) -> Path:
 
 def world_of(job: str, site: SlurmConfig) -> int:
     """Processes that a job will have."""
-    return 1 if job in PLAIN or job == "notes" else site.nodes * (site.tasks_per_node or max(site.gpus, 1))
+    return 1 if job in (*PLAIN, *ONE_TASK) else site.nodes * (site.tasks_per_node or max(site.gpus, 1))
 
 
 def prepare(
@@ -130,7 +132,7 @@ def prepare(
 def settings_of(job: str, config: Any, site: SlurmConfig, script: str | None = None) -> Path:
     """Where the resolved config goes, beside the script; InputError for an array of a job that has no shares."""
     if site.array > 1 and job not in ARRAYS:
-        raise InputError(f"array: '{job}' cannot be cut into shares, only {' and '.join(ARRAYS)} can; leave array= out")
+        raise InputError(f"array: '{job}' cannot be cut into shares, only {', '.join(ARRAYS)} can; leave array= out")
     stem = (script or (f"submit-{job}.sbatch" if job in GUESTS else "submit.sbatch")).removesuffix(".sbatch")
     return folder_of(job, config).absolute() / f"{stem}.yaml"
 
@@ -239,7 +241,7 @@ def _directives(job: str, site: SlurmConfig, log: str) -> dict[str, str | None]:
         "chdir": slurm.quoted(str(Path.cwd())),
         "array": f"0-{site.array - 1}" if is_array else None,
     }
-    if not plain and job != "notes":
+    if not plain and job not in ONE_TASK:
         found["ntasks-per-node"] = str(site.tasks_per_node or max(site.gpus, 1))
     optional = {
         "cpus-per-task": site.cpus,

@@ -32,6 +32,7 @@ JOBS: dict[str, tuple[str, tuple[str, ...]]] = {
     "train": ("pretrain the image-text model with DeepSpeed ZeRO", ()),
     "plan": ("memory per GPU, time, disk and communication of a training run on any nodes × GPUs", ()),
     "evaluate": ("score a checkpoint: classification, zero-shot, retrieval, per data set and partition", ()),
+    "study": ("compare ways of writing notes with their controls: cells, effects with intervals", ()),
     "export": ("write a checkpoint as a folder that stands alone: weights, processor, calibration, model card", ()),
     "predict": ("classes, nearest notes, reports and attention maps for a folder of images, as CSV and HTML", ()),
     "report": ("write one self-contained HTML page about a run", ()),

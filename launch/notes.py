@@ -2,8 +2,9 @@
 
 `template`, `label` and `measured` need no model; prompted strategies (narrative, abcd, characteristics; with a model
 that sees also open, native, native_blind) are written by a language model on Ray actors, checked against the facts,
-tried again, repaired, or replaced by the template, and each row says which. The same command continues what was
-interrupted and makes only what is missing. --report writes a page about the notes into the folder (report.html).
+tried again, repaired, or replaced by the template, and each row says which. `shuffled` and `shuffled_within_class` give
+the training notes of `of` to other records. The same command continues what was interrupted and makes only what is
+missing. --report writes a page about the notes into the folder (report.html).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 from cluster import allocation
 from cluster.ray import RayError
 from dermfm.config import InputError
+from dermfm.notes.controls import write_controls
 from dermfm.notes.plan import NotesConfig
 from dermfm.notes.store import SOURCES
 from dermfm.notes.synthesize import Tally, TooManyFailures, plan_notes, summary, synthesize
@@ -54,6 +56,8 @@ def run(config: NotesConfig, call: Any) -> int:
         return 1
     except RayError as error:
         raise InputError(f"ray: {error}") from error
+    for control, count in write_controls(config, table).items():
+        print(f"{control}: {count} notes of '{config.of}' given to other training records")
     _print_summary(config, tally, time.monotonic() - began)
     if call.report:
         from dermfm.report.synthesis import write_notes_page

@@ -65,6 +65,35 @@ def interval(values: np.ndarray, level: float = 0.95) -> tuple[float | None, flo
     return float(low), float(high)
 
 
+def draw_seeds(num_seeds: int, resamples: int, seed: int) -> np.ndarray:
+    """int64 [resamples, num_seeds]: the second level of a bootstrap, seeds drawn with replacement in every resample."""
+    return np.random.default_rng([seed, num_seeds]).integers(0, num_seeds, (resamples, num_seeds))
+
+
+def two_sided_p(values: np.ndarray) -> float:
+    """Bootstrap p value of "no difference" from resampled differences [resamples] (Davison & Hinkley 1997, ch. 4).
+
+    Twice the smaller tail on either side of 0, the observed sample counted once, so that it is never 0; NaN without
+    a defined value.
+    """
+    finite = np.asarray(values, dtype=float)
+    finite = finite[np.isfinite(finite)]
+    if not len(finite):
+        return float("nan")
+    tail = min((finite <= 0).sum(), (finite >= 0).sum())
+    return float(min(1.0, 2 * (tail + 1) / (len(finite) + 1)))
+
+
+def holm(p_values: np.ndarray) -> np.ndarray:
+    """Adjusted p values [m] of a family (Holm 1979): step down, never falling, at most 1; NaN stays and counts in m."""
+    p_values = np.asarray(p_values, dtype=float)
+    order = np.argsort(p_values, kind="stable")  # NaN comes last
+    steps = p_values[order] * (len(p_values) - np.arange(len(p_values)))
+    adjusted = np.empty_like(p_values)
+    adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1.0)
+    return adjusted
+
+
 def mean_draws(values: np.ndarray, rows: np.ndarray, draws: Draws) -> np.ndarray:
     """Resampled means [resamples] of values [n] (NaN left out) of the records `rows`."""
     keep = np.isfinite(values)

@@ -52,11 +52,12 @@ class ModelConfig:
 class DermFM(nn.Module):
     """The whole model. Training goes through `forward(phase, …)`: ZeRO's hooks must see what they gather."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, image: Any = None, text: Any = None) -> None:
+        """`image`, `text`: towers to take instead of those that `config` names, with the same calls and `width`."""
         super().__init__()
         self.config = config
-        self.image = ImageTower(config.image)
-        self.text = TextTower(config.text)
+        self.image = ImageTower(config.image) if image is None else image
+        self.text = TextTower(config.text) if text is None else text
         self.tokenizer: Any = load_tokenizer(config.text.name)
         self._build_space(config)
         fusion = config.fusion

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from dermfm.config import InputError, check_choice, check_range, check_share, key, short_hash
-from dermfm.notes import store
+from dermfm.notes import controls, store
 from dermfm.notes.engines.protocol import EngineConfig, takes_images
 from dermfm.notes.strategies import Strategy, find_strategies
 from dermfm.records.table import SPLITS
@@ -25,9 +25,11 @@ class NotesConfig:
     out: str = key("???", "folder of part-*.parquet")
     strategies: list[str] = key(
         ["template"],
-        "template | label | measured (no model); narrative | abcd | characteristics; with an engine that takes images "
-        "also open | native | native_blind; or the name of a prompt file",
+        "template | label | measured (no model); shuffled | shuffled_within_class (others' notes, see of); narrative | "
+        "abcd | characteristics; with an engine that takes images also open | native | native_blind; or the name of a "
+        "prompt file",
     )
+    of: str = key("narrative", "the strategy whose training notes shuffled and shuffled_within_class give to others")
     engine: EngineConfig = key(EngineConfig, "the model that writes prompted strategies")
     prompts: str | None = key(None, "folder of prompt files; null takes the packaged ones")
     limit: int | None = key(None, "prompted strategies write for at most so many records, spread over all classes")
@@ -58,6 +60,11 @@ class NotesConfig:
         check_share(self.share)
         if not self.strategies:
             raise ValueError("strategies: at least one is needed, for example [template]")
+        if self.of in controls.CONTROLS:
+            raise ValueError(f"of: '{self.of}' is itself made of another strategy's notes; name that one")
+        derived = [name for name in self.strategies if name in controls.CONTROLS]
+        if derived and self.share != [0, 1]:
+            raise ValueError(f"share: '{derived[0]}' needs all notes of '{self.of}'; make it in a call without share")
         for name in ("part_size", "threads_per_actor", "lease"):
             check_range(name, getattr(self, name), 1)
         if self.limit is not None:
@@ -112,7 +119,7 @@ def make_plan(config: NotesConfig, table: pa.Table, revision: str) -> Plan:
     for strategy in strategies_of(config):
         _check_measured(strategy, config, table)
         wanted |= {note.note_id: note for note in _notes_of(strategy, config, table, revision)}
-    if not wanted:
+    if not wanted and controls.written(config.strategies):
         raise InputError(f"{config.records}: no record of the splits {', '.join(config.splits)} can get such a note")
     done = store.done_parts(config.out)
     parts = {index: store.part_ids(path) for index, path in done.items()}
@@ -131,7 +138,7 @@ def make_plan(config: NotesConfig, table: pa.Table, revision: str) -> Plan:
 
 def strategies_of(config: NotesConfig) -> list[Strategy]:
     """The configured strategies, as the configured engine can do them."""
-    return find_strategies(config.strategies, config.prompts, lambda: takes_images(config.engine))
+    return find_strategies(controls.written(config.strategies), config.prompts, lambda: takes_images(config.engine))
 
 
 def _check_measured(strategy: Strategy, config: NotesConfig, table: pa.Table) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from dermfm.config import InputError, nearest, short_hash
 from dermfm.notes.checks import Rules
+from dermfm.notes.controls import CONTROLS
 from dermfm.notes.facts import Facts, facts_note, plain_diagnosis, split_words, visible_facts
 from dermfm.notes.mix import MIXES
 from dermfm.notes.options import Structure, read_structure
@@ -180,7 +181,7 @@ def _find(name: str, folder: Path, takes_images: Callable[[], bool]) -> Strategy
         raise InputError(f"strategies: '{name}' is a mix, drawn when training; write its notes with {members}")
     path = folder / f"{name}.yaml"
     if not path.is_file():
-        valid = [*FIXED, *(p.stem for p in folder.glob("*.yaml"))]
+        valid = [*FIXED, *CONTROLS, *(p.stem for p in folder.glob("*.yaml"))]
         raise InputError(f"strategies: no strategy '{name}' in {folder}; {nearest(name, valid)}")
     loaded = load_prompt(str(path))
     prompt = loaded.prompt

@@ -89,11 +89,25 @@ def test_a_directive_with_blanks_quotes_and_percent_is_quoted_for_sbatch():
         slurm.quoted("a\nb")
 
 
-def test_only_notes_and_shards_can_be_cut_into_an_array(tmp_path):
+def test_only_notes_shards_and_studies_can_be_cut_into_an_array(tmp_path):
     config = load(RecordsConfig, None, ["layout=atlas", f"out={tmp_path / 'r.parquet'}"])
-    with pytest.raises(ValueError, match="cannot be cut into shares, only notes and shards can"):
+    with pytest.raises(ValueError, match="cannot be cut into shares, only notes, shards, study can"):
         submission.prepare("records", config, SlurmConfig(array=2))
     assert directives(rendered("notes", array=4))["array"] == "0-3"
+
+
+def test_a_study_in_an_array_takes_its_share_of_cells_and_starts_once_a_node(tmp_path):
+    asked = directives(rendered("study", array=3, gpus=4))
+    assert asked["array"] == "0-2"
+    assert "ntasks-per-node" not in asked
+    said = tmp_path / "srun"
+    said.write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n')
+    said.chmod(0o755)
+    told = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_COUNT": "3"}
+    for job, share in (("study", "cells=[1,3]"), ("shards", "share=[1,3]")):
+        script = rendered(job, array=3)
+        done = subprocess.run(["bash", "-c", script], env=os.environ | told, capture_output=True, text=True, check=True)
+        assert done.stdout.splitlines()[-3:] == [job, "/runs/r/submit.yaml", share]
 
 
 def test_preparing_twice_freezes_the_code_once_and_later_edits_make_another_copy(tmp_path, monkeypatch):

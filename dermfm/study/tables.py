@@ -1,0 +1,211 @@
+"""The study's tables: study.parquet (a row a cell and metric), effects.parquet, study.json, and the README's table."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dermfm.config import InputError, to_dict
+from dermfm.evaluate.results import ROW_KEYS
+from dermfm.evaluate.shift import ProtocolConfig
+from dermfm.study import cells as stored
+from dermfm.study.config import REFERENCES, UNTESTED, Cell, StudyConfig
+from dermfm.study.effects import EFFECT_SCHEMA, LEVEL, PRIMARY, Truth, effects
+from shards.manifest import write_text
+
+STUDY, EFFECTS, SUMMARY, TABLE = "study.parquet", "effects.parquet", "study.json", "table.md"
+VALIDATION = "validation"
+NUMBERS = ("value", "ci_low", "ci_high", "chance")
+COUNTS = ("n", "pool", "seed")
+STUDY_SCHEMA = pa.schema(
+    [
+        ("cell", pa.string()), ("strategy", pa.string()), ("engine", pa.string()), ("objective", pa.string()),
+        ("seed", pa.int64()), ("tier", pa.int64()), ("tested", pa.bool_()),
+        *(
+            (name, pa.float64() if name in NUMBERS else pa.int64() if name in COUNTS else pa.string())
+            for name in ROW_KEYS
+            if name != "seed"
+        ),
+    ]
+)  # fmt: skip
+
+
+def write_tables(
+    config: StudyConfig, cells: Sequence[Cell], made_of: Mapping[Cell, Mapping[str, Any]], protocol: ProtocolConfig
+) -> Path:
+    """Write all tables from the finished cells of the folder, those of other tiers and the probe included.
+
+    `cells` are all of the tier, `made_of` what those are made of that are asked for now. Cells that were made of
+    something else than the present configuration says are left out.
+    """
+    names = {cell.id for cell in cells}
+    known = {cell.id: made for cell, made in made_of.items()}
+    contents = [c for c in stored.read_cells(config.out) if c["tier"] != config.tier or _counts(c, names, known)]
+    truth = Truth(stored.read_scored(config.out), protocol, config.resamples, config.seed)
+    found = effects([c for c in contents if c["objective"] != "none"], truth, config.seed)
+    out = Path(config.out)
+    _write(pa.Table.from_pylist([row for c in contents for row in cell_rows(c)], schema=STUDY_SCHEMA), out / STUDY)
+    _write(pa.Table.from_pylist(found, schema=EFFECT_SCHEMA), out / EFFECTS)
+    about = summary(config, contents, cells, protocol, found)
+    write_text(out / SUMMARY, json.dumps(about, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(out / TABLE, "\n".join(markdown(contents, found, protocol)) + "\n")
+    print("\n".join(verdict(found)))
+    print(f"{out / STUDY}, {out / EFFECTS}, {out / TABLE}: {len(contents)} cells, {len(found)} effects")
+    return out / STUDY
+
+
+def _counts(content: Mapping[str, Any], names: set[str], known: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether a cell belongs to the present study: the probe, or a cell of its own that was made of what it says.
+
+    Of cells that `only` leaves out for now it is not known what they would be made of; they count.
+    """
+    if content["objective"] == "none":
+        return True
+    made_of = known.get(content["id"])
+    return content["id"] in names and (made_of is None or not stored.stale(content, made_of))
+
+
+def cell_rows(content: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a cell in study.parquet: its metrics, and what it reached on the validation split."""
+    head = {name: content[name] for name in ("strategy", "engine", "objective", "seed", "tier")}
+    head |= {"cell": content["id"], "tested": content["notes"]["tested"]}
+    rows = [head | {k: v for k, v in row.items() if k != "seed"} for row in stored.full_rows(content)]
+    search = content.get("search", {})
+    if "tries" in search:
+        for metric in ("f1_macro", "balanced_accuracy"):
+            told = {"task": "classify-image", "scope_kind": "partition", "scope": VALIDATION, "class_set": "classes"}
+            value = search["tries"][search["chosen"]].get(metric)
+            rows.append(
+                head | dict.fromkeys(ROW_KEYS) | told | {"metric": metric, "value": value, "seed": content["seed"]}
+            )
+    return rows
+
+
+def summary(
+    config: StudyConfig, contents: Sequence[Mapping[str, Any]], cells: Sequence[Cell], protocol: ProtocolConfig,
+    found: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:  # fmt: skip
+    """What a reader of the tables must know: protocol, looks, search, cells that are missing, versions."""
+    done = {c["id"] for c in contents}
+    return {
+        "endpoint": {"metric": PRIMARY[0], "task": "classify-image", "scope": "mean over the external data sets"},
+        "family": {
+            "comparisons": sum(row["primary"] for row in found),
+            "references": list(REFERENCES),
+            "strategies": sorted({row["strategy"] for row in found}),
+            "correction": f"Holm, level {LEVEL:g}",
+        },
+        "intervals": "95 % percentile bootstrap: groups within strata of data sets, the same draw for both arms; seeds "
+        "as second level",
+        "resamples": config.resamples,
+        "protocol": to_dict(protocol),
+        "selection": "the setting of each cell by macro F1 on the internal validation split",
+        "looks_at_external": looks(contents),
+        "cells": {"finished": len(done), "missing": [cell.id for cell in cells if cell.id not in done]},
+        "not_a_test": sorted({c["strategy"] for c in contents if not c["notes"]["tested"]}),
+        "manifests": sorted({c["manifest"] for c in contents if c.get("manifest")}),
+        "versions": next((c["versions"] for c in contents if c.get("versions")), {}),
+        "config": to_dict(config.tokens if config.tier == 1 else config.train),
+    }
+
+
+def looks(contents: Sequence[Mapping[str, Any]]) -> int:
+    """How often a trained model has been scored on the external test sets in this study: once a cell, never while its
+    setting was chosen."""
+    return len(contents)
+
+
+def verdict(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The primary comparisons in words."""
+    lines = []
+    for row in (r for r in found if r["primary"]):
+        shown = (
+            f"{row['effect']:+.3f} [{_signed(row['ci_low'])}, {_signed(row['ci_high'])}], Holm p {row['p_holm']:.3f}"
+        )
+        what = "no evidence either way"
+        if row["significant"]:
+            what = "better" if row["effect"] > 0 else "worse"
+        lines.append(f"tier {row['tier']} {row['strategy']} against {row['reference']}: {shown}: {what}")
+    return lines
+
+
+def markdown(
+    contents: Sequence[Mapping[str, Any]], found: Sequence[Mapping[str, Any]], protocol: ProtocolConfig
+) -> list[str]:
+    """The table of the README: a line an arm, means over seeds, and the primary effects."""
+    places = ["internal", *protocol.external, "external"]
+    head = ["tier", "notes", "seeds", *(f"{p}" for p in places), *(f"against {r}" for r in REFERENCES)]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    arms: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for content in contents:
+        arms.setdefault((content["tier"], content["objective"], content["strategy"], content["engine"]), []).append(
+            content
+        )
+    for (tier, objective, strategy, engine), group in sorted(arms.items(), key=lambda arm: _place(arm[0])):
+        effect = {
+            row["reference"]: row
+            for row in found
+            if row["primary"]
+            and (row["tier"], row["objective"], row["strategy"], row["engine"]) == (tier, objective, strategy, engine)
+        }
+        values = [_mean(group, place, protocol) for place in places]
+        name = strategy if group[0]["notes"]["tested"] else f"{strategy} (not a test: mostly template)"
+        cells = [
+            str(tier),
+            name,
+            str(len(group)),
+            *(f"{v:.3f}" for v in values),
+            *(_shown(effect.get(r)) for r in REFERENCES),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _place(arm: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The probe first, then the controls, then the strategies."""
+    return arm[0], arm[1] != "none", arm[1], arm[2] not in UNTESTED, arm[2:]
+
+
+def _mean(group: Sequence[Mapping[str, Any]], place: str, protocol: ProtocolConfig) -> float:
+    """Mean over seeds of the macro F1 of image classification; of a side, the mean over its data sets."""
+    datasets = {"external": protocol.external, "internal": protocol.internal}.get(place, [place])
+    values = [
+        row["value"]
+        for content in group
+        for row in content["results"]
+        if row["task"] in ("classify-image", "probe") and row["metric"] == "f1_macro" and row["class_set"] == "classes"
+        and row["scope_kind"] == "dataset" and row["scope"] in datasets
+    ]  # fmt: skip
+    return float(np.mean(values)) if values else float("nan")
+
+
+def _shown(row: Mapping[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    mark = " *" if row["significant"] else ""
+    return f"{row['effect']:+.3f} ({_signed(row['ci_low'])} to {_signed(row['ci_high'])}){mark}"
+
+
+def _signed(value: float | None) -> str:
+    return "?" if value is None else f"{value:+.3f}"
+
+
+def read_effects(out: str | Path) -> list[dict[str, Any]]:
+    """The effects of a study as rows; InputError where it has none."""
+    path = Path(out) / EFFECTS
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; `dermfm study` writes it")
+    return pq.read_table(path).to_pylist()
+
+
+def _write(table: pa.Table, path: Path) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    pq.write_table(table, temporary, compression="zstd")
+    os.replace(temporary, path)
