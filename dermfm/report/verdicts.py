@@ -163,7 +163,8 @@ def _answer(against: str, effects: list[Effect]) -> Answer:
 def _why(effect: Effect) -> str:
     """What keeps an effect unclear."""
     if len(effect.seeds) < MIN_SEEDS:
-        return f"; {len(effect.seeds)} seed{'' if len(effect.seeds) == 1 else 's'} are too few, {MIN_SEEDS} are needed"
+        told = "1 seed is" if len(effect.seeds) == 1 else f"{len(effect.seeds)} seeds are"
+        return f"; {told} too few, {MIN_SEEDS} are needed"
     if effect.ci_low is None or effect.ci_high is None:
         return "; it has no interval"
     if effect.ci_low > 0 or effect.ci_high < 0:
