@@ -158,8 +158,11 @@ def map_figure(label: str, points: np.ndarray, groups: np.ndarray, names: Sequen
     return draw(paint, label, 4.6, float(np.clip(4.4 * high / max(wide, 1e-6), 2.4, 4.6)) + 0.5)
 
 
-def forest_figure(label: str, effects: Sequence[Effect]) -> str:
-    """SVG: every strategy's difference with its interval, every seed's own difference as a small point; zero marked."""
+def forest_figure(label: str, effects: Sequence[Effect], reach: float) -> str:
+    """SVG: every strategy's difference with its interval, every seed's own difference as a small stroke; zero marked.
+
+    The axis goes from −reach to reach, so that figures compare.
+    """
 
     def paint(axes: Axes) -> None:
         axes.axvline(0, color=SOFT, linewidth=0.9)
@@ -171,6 +174,7 @@ def forest_figure(label: str, effects: Sequence[Effect]) -> str:
             axes.plot(list(effect.seeds), [place + 0.28] * len(effect.seeds), "|", color=colour, markersize=6)
             fill = colour if effect.verdict in ("better", "worse") else "none"
             axes.plot(effect.difference, place, "o", color=colour, markersize=6, markerfacecolor=fill)
+        axes.set_xlim(-reach, reach)
         axes.set_yticks(range(len(effects)), [e.strategy for e in effects])
         axes.set_ylim(len(effects) - 0.4, -0.6)
         axes.grid(visible=False, axis="y")

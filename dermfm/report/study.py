@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from dermfm.config import InputError
 from dermfm.report import figures, study_tables
-from dermfm.report.run import read_saved
+from dermfm.report.run import ATLAS, read_saved
 from dermfm.report.template import render_template
 from dermfm.report.verdicts import AGAINST, CONTROLS, LEVEL, MARGIN, MIN_SEEDS, NAMES, Effect, answers, conclusion
 from shards.manifest import write_text
@@ -115,6 +115,7 @@ def page_values(study: Study) -> dict[str, Any]:
         "title": study.folder.resolve().name,
         "tiers": [tier_values(study, tier, external) for tier in tiers_of(study)],
         "external": external,
+        "atlas": all(r["scope"].startswith(ATLAS) for r in study.rows if r["scope_kind"] == "dataset"),
         "level": LEVEL,
         "margin": MARGIN,
         "min_seeds": MIN_SEEDS,
@@ -130,6 +131,8 @@ def tier_values(study: Study, tier: Any, external: list[str]) -> dict[str, Any]:
     """What the page shows of one tier."""
     effects = [e for e in study.effects if e.tier == tier]
     primary, other = [e for e in effects if e.primary], [e for e in effects if not e.primary]
+    ends = [v for e in primary for v in (e.ci_low, e.ci_high, e.difference, *e.seeds) if v is not None]
+    reach = 1.08 * max([2 * MARGIN, *map(abs, ends)])
     gaps = study_tables.gaps(study.rows, tier)
     scores = study_tables.scores(study.rows, tier, external)
     seeds = [(line.name, line.endpoint) for line in scores.lines if line.endpoint]
@@ -138,7 +141,11 @@ def tier_values(study: Study, tier: Any, external: list[str]) -> dict[str, Any]:
         "conclusion": conclusion(effects),
         "answers": answers(effects),
         "forests": [
-            (against, f"Against {NAMES[against]}", figures.forest_figure(f"differences to {NAMES[against]}", own))
+            (
+                against,
+                f"Against {NAMES[against]}",
+                figures.forest_figure(f"differences to {NAMES[against]}", own, reach),
+            )
             for against in AGAINST
             if (own := [e for e in primary if e.against == against])
         ],
