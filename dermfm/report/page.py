@@ -103,7 +103,9 @@ def figure_values(config: ReportConfig, run: Run) -> dict[str, Any]:
         "recall_figure": figures.interval_bars("recall of each class", CLASS_CODES, recalls, "recall")
         if recalls
         else "",
-        "subgroups": [(g, figures.interval_bars(g.title, g.names, g.bars, g.metric)) for g in groups],
+        "subgroups": [
+            (g, figures.interval_bars(f"{g.metric} by {g.title}", g.names, g.bars, g.metric)) for g in groups
+        ],
         "map": found,
         "map_figures": [] if found is None else embedding_figures(found),
     }
