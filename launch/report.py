@@ -1,7 +1,8 @@
-"""dermfm report: one self-contained HTML page about an evaluated run.
+"""dermfm report: one self-contained HTML page about an evaluated run, or about a study.
 
   dermfm report run=runs/demo
   dermfm report run=runs/demo out=page.html images=false
+  dermfm report study=runs/study
 
 The page needs no network: tables, figures and thumbnails are inside. --dry-run says what would be written.
 """

@@ -95,7 +95,7 @@ def attention_maps(
 ) -> list[AttentionMap]:
     """Maps of `count` records with their own notes of text set number `which`; records without a telling word go.
 
-    None where the model's fusion has no attention (`late`, `none`).
+    None are shown where the model's fusion has no attention (`late`, `none`).
     """
     if model.config.fusion.kind in ("late", "none"):
         return []

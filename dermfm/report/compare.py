@@ -7,9 +7,9 @@ import dataclasses
 import numpy as np
 
 from dermfm.evaluate.classify import confusion_matrix, confusion_values
-from dermfm.evaluate.shift import ProtocolConfig, Scope, make_scopes
-from dermfm.evaluate.statistics import draw_groups, interval
+from dermfm.evaluate.statistics import interval
 from dermfm.records.vocabulary import CLASS_CODES
+from dermfm.report.breakdown import METHODS, draws_of, probabilities, scopes_of
 from dermfm.report.run import Evaluation
 
 
@@ -28,6 +28,17 @@ class Difference:
 
 
 @dataclasses.dataclass(frozen=True)
+class Endpoint:
+    """The primary endpoint's metric, over how many data sets, of model and probe, and their paired difference."""
+
+    metric: str
+    num_datasets: int
+    model: Difference
+    probe: Difference | None
+    difference: Difference | None
+
+
+@dataclasses.dataclass(frozen=True)
 class Confusion:
     """One confusion matrix of the model: counts [C][C], shade of each cell as a share of its row."""
 
@@ -40,52 +51,78 @@ class Confusion:
 
 def predicted(evaluation: Evaluation, task: str) -> np.ndarray | None:
     """Predicted class of every record [N] (−1 where there is none), or None where the task was not scored."""
-    place = {record_id: i for i, record_id in enumerate(evaluation.records.record_ids)}
-    rows = [r for r in evaluation.predictions if r["task"] == task and r["class_set"] == "classes"]
-    if not rows:
+    scores = probabilities(evaluation, task)
+    if scores is None:
         return None
-    out = np.full(len(place), -1)
-    for row in rows:
-        out[place[row["record_id"]]] = int(np.argmax(row["probabilities"]))
-    return out
+    return np.where(np.isfinite(scores[:, 0]), np.nan_to_num(scores).argmax(axis=1), -1)
 
 
-def scopes_of(evaluation: Evaluation) -> list[Scope]:
-    """The scopes of the evaluation."""
-    protocol = evaluation.protocol
-    roles = ProtocolConfig(internal=protocol["internal"], external=protocol["external"])
-    return make_scopes(evaluation.records, roles)
-
-
-def differences(evaluation: Evaluation, metric: str) -> dict[str, Difference]:
-    """Scope name → model minus probe; empty where one of them was not scored."""
+def differences(evaluation: Evaluation, metrics: list[str]) -> dict[str, dict[str, Difference]]:
+    """Metric → scope name → model minus probe; no scopes where one of them was not scored."""
     ours, probe = predicted(evaluation, "classify-image"), predicted(evaluation, "probe")
+    out: dict[str, dict[str, Difference]] = {metric: {} for metric in metrics}
     if ours is None or probe is None:
-        return {}
-    records, about = evaluation.records, evaluation.protocol["intervals"]
-    draws = draw_groups(records.groups, records.datasets, about["resamples"], about["seed"])
-    out = {}
+        return out
+    labels, draws = evaluation.records.labels, draws_of(evaluation)
     for scope in scopes_of(evaluation):
-        rows = np.flatnonzero(scope.mask & (records.labels >= 0))
+        rows = np.flatnonzero(scope.mask & (labels >= 0) & (ours >= 0) & (probe >= 0))
         if len(rows):
-            cells = [_cells(records.labels[rows], answers[rows]) for answers in (ours, probe)]
-            point = [confusion_values(c.sum(axis=0))[metric] for c in cells]
-            drawn = [confusion_values(draws.sums(c, rows))[metric] for c in cells]
-            out[scope.name] = Difference(float(point[0] - point[1]), *interval(drawn[0] - drawn[1]))
+            cells = [_cells(labels[rows], answers[rows]) for answers in (ours, probe)]
+            point = [confusion_values(c.sum(axis=0)) for c in cells]
+            drawn = [confusion_values(draws.sums(c, rows)) for c in cells]
+            for metric in metrics:
+                value = float(point[0][metric] - point[1][metric])
+                out[metric][scope.name] = Difference(value, *interval(drawn[0][metric] - drawn[1][metric]))
     return out
+
+
+def endpoint(evaluation: Evaluation) -> Endpoint | None:
+    """The protocol's primary endpoint: one metric of image classification, mean over the external data sets."""
+    answers = {name: predicted(evaluation, task) for task, name in METHODS}
+    metric, draws = evaluation.protocol["endpoint"], draws_of(evaluation)
+    labels, external = evaluation.records.labels, evaluation.protocol["external"]
+    points: dict[str, float] = {}
+    drawn: dict[str, np.ndarray] = {}
+    for name, found in answers.items():
+        if found is None:
+            continue
+        values = []
+        for dataset in external:
+            rows = np.flatnonzero((evaluation.records.datasets == dataset) & (labels >= 0) & (found >= 0))
+            if len(rows):
+                cells = _cells(labels[rows], found[rows])
+                summed = np.concatenate([cells.sum(axis=0)[None], draws.sums(cells, rows)])
+                values.append(confusion_values(summed)[metric])
+        if values:
+            mean = np.mean(values, axis=0)
+            points[name], drawn[name] = float(mean[0]), mean[1:]
+    if "model" not in points:
+        return None
+    bars = {name: Difference(points[name], *interval(drawn[name])) for name in points}
+    apart = None
+    if "frozen probe" in points:
+        value = points["model"] - points["frozen probe"]
+        apart = Difference(value, *interval(drawn["model"] - drawn["frozen probe"]))
+    return Endpoint(metric, len(external), bars["model"], bars.get("frozen probe"), apart)
 
 
 def confusions(evaluation: Evaluation) -> list[Confusion]:
-    """Confusion matrices of image classification for the internal and the external partition."""
+    """Confusion matrices of image classification, one for every partition; partitions of the same records share one."""
     answers = predicted(evaluation, "classify-image")
-    labels, out = evaluation.records.labels, []
-    for scope in scopes_of(evaluation) if answers is not None else []:
-        keep = scope.mask & (labels >= 0)
-        if scope.name in ("internal", "external") and keep.any():
-            assert answers is not None
-            counts = confusion_matrix(labels[keep], answers[keep], len(CLASS_CODES))
+    if answers is None:
+        return []
+    titles: dict[bytes, list[str]] = {}
+    for scope in scopes_of(evaluation):
+        if scope.kind == "partition":
+            keep = scope.mask & (evaluation.records.labels >= 0) & (answers >= 0)
+            titles.setdefault(keep.tobytes(), []).append(scope.name)
+    out = []
+    for mask, names in titles.items():
+        keep = np.frombuffer(mask, bool)
+        if keep.any():
+            counts = confusion_matrix(evaluation.records.labels[keep], answers[keep], len(CLASS_CODES))
             shades = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-            out.append(Confusion(scope.name, int(keep.sum()), CLASS_CODES, counts.tolist(), shades.tolist()))
+            out.append(Confusion(" = ".join(names), int(keep.sum()), CLASS_CODES, counts.tolist(), shades.tolist()))
     return out
 
 

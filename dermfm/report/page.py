@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import jinja2
 
 from dermfm import checkpoint as checkpoints
 from dermfm.checkpoint import load_model
 from dermfm.config import InputError, check_range, key
 from dermfm.notes.store import done_parts
 from dermfm.records.vocabulary import CLASS_CODES
-from dermfm.report import attention, compare, figures, gallery, tables
+from dermfm.report import attention, breakdown, compare, embedding_map, figures, gallery, generated, tables, tasks
 from dermfm.report.notes import note_table
+from dermfm.report.protocol import protocol_lines
 from dermfm.report.run import ATLAS, Run, load_run
+from dermfm.report.study import write_study_page
+from dermfm.report.template import render_template
+from shards.manifest import write_text
 
 
 @dataclass(kw_only=True)
 class ReportConfig:
     """One page about one evaluation of a run."""
 
-    run: str | None = key(None, "run directory with an evaluation")
+    run: str | None = key(None, "run directory with an evaluation, or the folder of an evaluation")
+    study: str | None = key(None, "folder of a study: one page about it instead of about a run")
     out: str | None = key(None, "HTML file to write; null: <run>/report.html")
     step: int | None = key(None, "step whose evaluation is shown; null: the last one evaluated")
     shards: str | None = key(None, "folder of shards that was evaluated; null: that of the run's config.yaml")
@@ -37,31 +39,22 @@ class ReportConfig:
     def __post_init__(self) -> None:
         check_range("gallery", self.gallery, 0, 200)
         check_range("attention", self.attention, 0, 100)
+        if self.run and self.study:
+            raise ValueError("run and study: give one of the two; a page is about one of them")
 
 
 def write_report(config: ReportConfig, dry_run: bool = False) -> Path:
     """Write the page (a dry run only reads); its path. InputError where the run cannot be reported on."""
+    if config.study:
+        return write_study_page(config.study, config.out, dry_run)
     if not config.run:
-        raise InputError("run: give run=<run directory>")
+        raise InputError("run: give run=<run directory> (or study=<folder of a study>)")
     run = load_run(config.run, config.step, config.shards)
     path = Path(config.out) if config.out else run.folder / "report.html"
-    if dry_run:
-        return path
-    text = render(config, run)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    if not dry_run:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, render_template("page.html", page_values(config, run)))
     return path
-
-
-def render(config: ReportConfig, run: Run) -> str:
-    """The page as text."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("dermfm.report", "."), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters["number"] = tables.number
-    return environment.get_template("page.html").render(**page_values(config, run))
 
 
 def page_values(config: ReportConfig, run: Run) -> dict[str, Any]:
@@ -70,36 +63,82 @@ def page_values(config: ReportConfig, run: Run) -> dict[str, Any]:
     rows, protocol = evaluation.rows, evaluation.protocol
     gaps = tables.shift_gaps(rows)
     codes = dict(zip(protocol["classes"], CLASS_CODES, strict=True))
-    differences = {metric: compare.differences(evaluation, metric) for metric, _ in tables.MAIN_METRICS}
+    differences = compare.differences(evaluation, [metric for metric, _ in tables.MAIN_METRICS])
     return {
         "title": config.title or evaluation.content["run"],
         "step": evaluation.content["step"],
         "manifest": evaluation.content["manifest"],
         "protocol": protocol,
+        "protocol_lines": protocol_lines(protocol),
         "atlas": is_atlas(protocol),
+        "endpoint": compare.endpoint(evaluation),
+        "metric_titles": dict(tables.MAIN_METRICS),
         "findings": findings(rows, differences["f1_weighted"]),
         "main": [(name, tables.main_table(rows, m), differences[m]) for m, name in tables.MAIN_METRICS],
         "methods": [name for _, _, name in tables.METHODS],
+        "task_tables": tasks.task_tables(rows),
+        "tracks": tasks.tracks_of(rows),
+        "text_labels": tasks.text_label_lines(rows),
+        "image_reference": tasks.image_reference(rows),
         "retrieval": tables.retrieval_blocks(rows),
-        "retrieval_columns": tables.RETRIEVAL_TITLES,
+        "retrieval_columns": tables.retrieval_columns(rows),
         "gaps": gaps,
         "gap_figure": figures.gap_figure(gaps) if gaps else "",
         "confusions": compare.confusions(evaluation),
-        "curves": figures.training_figures(run.curves),
         "notes": note_table(config.notes or own_notes(run)),
         "config": run.config_text,
         "absent": {s: [codes[name] for name in names] for s, names in protocol["absent_classes"].items()},
         "classes": list(zip(CLASS_CODES, protocol["classes"], strict=True)),
-    } | picture_values(config, run)
+    } | (figure_values(config, run) | picture_values(config, run))
+
+
+def figure_values(config: ReportConfig, run: Run) -> dict[str, Any]:
+    """The drawn parts: training curves, calibration, recall of classes, subgroups, the map of the embeddings."""
+    recalls = breakdown.class_recalls(run.evaluation)
+    groups = breakdown.subgroups(run.evaluation.rows)
+    found = embedding_map.embedding_map(run.evaluation, config.seed)
+    return {
+        "curves": figures.training_figures(run.curves),
+        "reliability": [(r, figures.reliability_figure(r)) for r in breakdown.reliabilities(run.evaluation)],
+        "recall_figure": figures.interval_bars("recall of each class", CLASS_CODES, recalls, "recall")
+        if recalls
+        else "",
+        "subgroups": [
+            (g, figures.interval_bars(f"{g.metric} by {g.title}", g.names, g.bars, g.metric)) for g in groups
+        ],
+        "map": found,
+        "map_figures": [] if found is None else embedding_figures(found),
+    }
+
+
+def embedding_figures(found: embedding_map.EmbeddingMap) -> list[tuple[str, str]]:
+    """(title, SVG): the same map coloured by class, and by data set."""
+    panels = (("class", found.classes, found.class_names), ("data set", found.datasets, found.dataset_names))
+    return [
+        (
+            f"By {name}",
+            figures.map_figure(f"image embeddings by t-SNE, coloured by {name}", found.points, groups, names),
+        )
+        for name, groups, names in panels
+    ]
 
 
 def picture_values(config: ReportConfig, run: Run) -> dict[str, Any]:
-    """The parts with images: both galleries and the attention maps; empty where they are not wanted or impossible."""
+    """Galleries, attention maps and generated reports; without pictures where they are not wanted or impossible."""
+    images = run.images if config.images else None
+    values: dict[str, Any] = {
+        "i2t": [],
+        "t2i": [],
+        "attention": [],
+        "shown_texts": None,
+        "reports": generated.marked_reports(run.evaluation, images, config.gallery, config.seed),
+        "fact_counts": generated.fact_counts(run.evaluation),
+    }
     which = shown_texts(run) if config.images else None
     if which is None:
-        return {"i2t": [], "t2i": [], "attention": [], "shown_texts": None}
+        return values
     given = (run.evaluation, which, run.images, config.gallery, config.seed)
-    return {
+    return values | {
         "i2t": gallery.image_queries(*given),
         "t2i": gallery.text_queries(*given),
         "attention": _attention(config, run, which),

@@ -5,18 +5,20 @@ from __future__ import annotations
 import base64
 import dataclasses
 import io
-import itertools
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, UnidentifiedImageError
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from dermfm.config import InputError, read_yaml
 from dermfm.evaluate import results
-from dermfm.evaluate.records import RecordSet, TextSet, concatenate, read_split, text_sets
+from dermfm.evaluate.records import RecordSet, TextSet, concatenate, read_split
 from dermfm.metrics import JSONL, read_rows
 from dermfm.samples import image_bytes
 from shards.manifest import Manifest
@@ -25,6 +27,7 @@ from shards.reader import ShardReader
 THUMBNAIL = 160  # pixels of the longer side, at most
 ATLAS = "Atlas_"  # the data sets of the embedded atlas begin with it
 Row = dict[str, Any]
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +58,6 @@ class Run:
     """A run directory with its newest (or the asked-for) evaluation."""
 
     folder: Path
-    config: dict[str, Any]
     config_text: str
     curves: list[Row]
     evaluation: Evaluation
@@ -116,11 +118,16 @@ def load_run(folder: str, step: int | None, shards: str | None) -> Run:
     splits = content["protocol"]["splits"]
     evaluation = load_evaluation(path.parent, content, manifest, splits)
     text = file.read_text(encoding="utf-8") if config else ""
-    return Run(run, config, text, read_rows(run / JSONL), evaluation, Images(manifest, splits))
+    return Run(run, text, read_rows(run / JSONL), evaluation, Images(manifest, splits))
 
 
 def find_metrics(run: Path, step: int | None) -> Path:
-    """The metrics.json of a step, or of the last one evaluated; InputError where there is none."""
+    """The metrics.json of a step, or of the last one evaluated, or that of the folder itself (`dermfm evaluate out=`).
+
+    InputError where there is none.
+    """
+    if step is None and (run / results.METRICS).is_file():
+        return run / results.METRICS
     found = {int(p.parent.name): p for p in run.glob(f"eval/*/{results.METRICS}") if p.parent.name.isdigit()}
     if not found:
         raise InputError(f"{run}: has no eval/<step>/{results.METRICS}; run `dermfm evaluate run={run}` first")
@@ -129,23 +136,65 @@ def find_metrics(run: Path, step: int | None) -> Path:
     return found[max(found) if step is None else step]
 
 
+def read_saved(path: Path, read: Callable[[Path], T], job: str = "evaluate") -> T:
+    """A file of a finished job by its reader; InputError where it is missing or damaged."""
+    if not path.is_file():
+        raise InputError(f"{path}: is missing; run `dermfm {job}` again")
+    try:
+        return read(path)
+    except (pa.ArrowException, SafetensorError, OSError, ValueError) as error:
+        told = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{path}: cannot be read ({told}); run `dermfm {job}` again") from error
+
+
 def load_evaluation(folder: Path, content: dict[str, Any], manifest: Manifest, splits: list[str]) -> Evaluation:
     """Embeddings, ids and predictions, aligned with the records of the shards. InputError where ids differ."""
-    vectors = load_file(folder / results.EMBEDDINGS)
-    ids = pq.read_table(folder / results.IDS).to_pylist()
-    predictions = pq.read_table(folder / results.PREDICTIONS).to_pylist()
+    vectors = read_saved(folder / results.EMBEDDINGS, load_file)
+    ids = read_saved(folder / results.IDS, pq.read_table).to_pylist()
+    predictions = read_saved(folder / results.PREDICTIONS, pq.read_table).to_pylist()
     everything = concatenate([read_split(manifest, split, quiet=True) for split in splits])
     place = {record_id: i for i, record_id in enumerate(everything.record_ids)}
     image_ids = [row["record_id"] for row in ids if row["kind"] == "image"]
-    unknown = [record_id for record_id in image_ids if record_id not in place]
+    scored = {*image_ids, *(row["record_id"] for row in predictions)}
+    unknown = [record_id for record_id in scored if record_id not in place]
     if unknown or len(image_ids) != len(vectors["image"]):
         raise InputError(f"{folder / results.IDS}: does not belong to these shards; run `dermfm evaluate` again")
     records = everything.select(np.array([place[i] for i in image_ids], dtype=np.int64))
-    texts = text_sets(records, [note["strategy"] for note in content["protocol"]["notes"]])
-    sizes = np.cumsum([0, *(len(one.rows) for one in texts)])
-    if sizes[-1] != len(vectors["text"]):
-        raise InputError(
-            f"{folder / results.EMBEDDINGS}: its notes are not those of the shards; run `dermfm evaluate` again"
-        )
-    text = [vectors["text"][a:b] for a, b in itertools.pairwise(sizes)]
+    saved = [row for row in ids if row["kind"] == "text"]
+    if len(saved) != len(vectors["text"]):
+        raise InputError(f"{folder / results.EMBEDDINGS}: is not that of {results.IDS}; run `dermfm evaluate` again")
+    texts = saved_texts(records, saved)
+    text = [vectors["text"][[row["row"] for row in own]] for own in by_kind(saved).values()]
     return Evaluation(folder, content, records, vectors["image"], texts, text, predictions)
+
+
+def by_kind(saved: list[Row]) -> dict[tuple[str, str], list[Row]]:
+    """The rows of the saved notes by strategy and track."""
+    out: dict[tuple[str, str], list[Row]] = {}
+    for row in saved:
+        out.setdefault((row["strategy"], row["track"]), []).append(row)
+    return out
+
+
+def saved_texts(records: RecordSet, saved: list[Row]) -> list[TextSet]:
+    """The notes whose embeddings were saved, one set for each strategy and track; InputError where one is not there.
+
+    A text that the evaluation saved (a masked one) goes before the note's own.
+    """
+    place = {record_id: i for i, record_id in enumerate(records.record_ids)}
+    notes = {note["note_id"]: note["text"] for own in records.notes for note in own}
+    lost = [row for row in saved if row["record_id"] not in place or not (row["text"] or row["note_id"] in notes)]
+    if lost:
+        raise InputError(
+            f"note '{lost[0]['note_id']}' of the evaluation is not in the shards; run `dermfm evaluate` again"
+        )
+    return [
+        TextSet(
+            strategy=strategy,
+            track=track,
+            rows=np.array([place[row["record_id"]] for row in own], dtype=np.int64),
+            note_ids=[row["note_id"] for row in own],
+            texts=[row["text"] or notes[row["note_id"]] for row in own],
+        )
+        for (strategy, track), own in by_kind(saved).items()
+    ]

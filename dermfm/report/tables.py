@@ -13,8 +13,19 @@ METHODS = (
     ("zero-shot", "ensemble", "zero-shot"),
 )
 MAIN_METRICS = (("f1_weighted", "Weighted F1"), ("balanced_accuracy", "Balanced accuracy"), ("f1_macro", "Macro F1"))
-RETRIEVAL_COLUMNS = ("p@1", "p@10", "map_micro", "map_macro", "r@1", "r@10", "median_rank")
-RETRIEVAL_TITLES = ("P@1", "P@10", "mAP micro", "mAP macro", "R@1", "R@10", "median rank")
+SAME_CLASS = "same-class"  # in the strategy of rows whose pool is the query's own class only
+# (metric, whether the pool is the query's own class only, title)
+RETRIEVAL_COLUMNS = (
+    ("p@1", False, "P@1"),
+    ("p@10", False, "P@10"),
+    ("map_micro", False, "mAP micro"),
+    ("map_macro", False, "mAP macro"),
+    ("r@1", False, "R@1"),
+    ("r@10", False, "R@10"),
+    ("median_rank", False, "median rank"),
+    ("r@10", True, "R@10 in class"),
+)
+SIDES = ("internal", "external", "all")
 GAP_METRICS = (("f1_weighted", "weighted F1"), ("balanced_accuracy", "balanced accuracy"), ("f1_macro", "macro F1"))
 TASK_TITLES = {
     "retrieval-i2t": "Image → note",
@@ -71,11 +82,11 @@ def scopes_of(rows: list[Row]) -> list[tuple[str, str]]:
     )
 
 
-def main_table(rows: list[Row], metric: str, class_set: str = "classes") -> list[Line]:
-    """A line a scope: model, frozen probe, zero-shot and the majority's value of one metric."""
+def main_table(rows: list[Row], metric: str) -> list[Line]:
+    """A line a scope: model, frozen probe, zero-shot and the majority's value of one metric, of the eight classes."""
     lines = []
     for kind, scope in scopes_of(rows):
-        own = [r for r in rows if r["scope_kind"] == kind and r["scope"] == scope and r["class_set"] == class_set]
+        own = [r for r in rows if r["scope_kind"] == kind and r["scope"] == scope and r["class_set"] == "classes"]
         found = [find(own, task=task, eval_strategy=strategy, metric=metric) for task, strategy, _ in METHODS]
         known = [r for r in found if r is not None]
         if known:
@@ -95,27 +106,48 @@ class RetrievalBlock:
     pool: int
     lines: list[Line]
 
+    @property
+    def sides(self) -> list[Line]:
+        """The lines of the internal and the external partition and of all queries."""
+        return [line for line in self.lines if line.kind == "partition" and line.title in SIDES]
+
+
+def retrieval_columns(rows: list[Row]) -> list[tuple[str, bool, str]]:
+    """The columns of the retrieval tables that the rows fill."""
+    held = {(r["metric"], _within_class(r)) for r in rows if r["task"] in TASK_TITLES}
+    return [column for column in RETRIEVAL_COLUMNS if column[:2] in held]
+
 
 def retrieval_blocks(rows: list[Row]) -> list[RetrievalBlock]:
     """One block for every retrieval task, strategy and track of the file."""
     own = [r for r in rows if r["task"] in TASK_TITLES]
-    keys = list(dict.fromkeys((r["task"], r["eval_strategy"], r["track"]) for r in own))
+    columns = retrieval_columns(own)
+    keys = list(dict.fromkeys(map(_retrieval_key, own)))
     blocks = []
-    for task, strategy, track in sorted(keys, key=lambda k: (list(TASK_TITLES).index(k[0]), k[1] or "")):
-        mine = [r for r in own if (r["task"], r["eval_strategy"], r["track"]) == (task, strategy, track)]
+    for task, strategy, track in sorted(keys, key=lambda k: (list(TASK_TITLES).index(k[0]), k[1] or "", k[2] or "")):
+        mine = [r for r in own if _retrieval_key(r) == (task, strategy, track)]
         pool = max(r["pool"] or 0 for r in mine)
-        blocks.append(
-            RetrievalBlock(
-                TASK_TITLES[task], track, strategy, pool, [_retrieval_line(mine, s) for s in scopes_of(mine)]
-            )
-        )
+        lines = [_retrieval_line(mine, scope, columns) for scope in scopes_of(mine)]
+        blocks.append(RetrievalBlock(TASK_TITLES[task], track, strategy, pool, lines))
     return blocks
 
 
-def _retrieval_line(rows: list[Row], scope: tuple[str, str]) -> Line:
+def _retrieval_key(row: Row) -> tuple[str, str | None, str | None]:
+    """Task, strategy and track of a row, the mark of a pool of one class taken off."""
+    kept = [part for part in (row["eval_strategy"] or "").split("+") if part != SAME_CLASS]
+    return row["task"], "+".join(kept) or None, row["track"]
+
+
+def _within_class(row: Row) -> bool:
+    return SAME_CLASS in (row["eval_strategy"] or "").split("+")
+
+
+def _retrieval_line(rows: list[Row], scope: tuple[str, str], columns: list[tuple[str, bool, str]]) -> Line:
     own = [r for r in rows if (r["scope_kind"], r["scope"]) == scope]
-    found = [find(own, metric=metric) for metric in RETRIEVAL_COLUMNS]
-    cells = [make_cell(r, 1 if r and r["metric"] == "median_rank" else 3) for r in found]
+    cells = []
+    for metric, within, _ in columns:
+        found = find([r for r in own if _within_class(r) == within], metric=metric)
+        cells.append(make_cell(found, 1 if metric == "median_rank" else 3))
     return Line(scope[1], scope[0], max(r["n"] for r in own), cells)
 
 

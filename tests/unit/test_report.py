@@ -6,19 +6,23 @@ import html.parser
 import importlib.util
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from dermfm.config import InputError
 from dermfm.evaluate.job import EvaluateConfig, evaluate
 from dermfm.model.dermfm import DermFM
 from dermfm.notes.store import write_part
-from dermfm.report import attention, compare, figures, gallery, page, tables
+from dermfm.records.vocabulary import CLASSES
+from dermfm.report import attention, breakdown, compare, figures, gallery, generated, page, tables
 from dermfm.report.page import ReportConfig, write_report
 from dermfm.report.run import load_run
 from launch.cli import main
@@ -50,6 +54,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
         patch.setattr(page, "load_model", lambda path, device="cpu": model)
         made = make.build_run(folder, model, config, patch)
         evaluate(EvaluateConfig(run=str(made.run), resamples=40, device="cpu"))
+        write_reports(made)
         rows = [
             {
                 "step": s,
@@ -64,6 +69,18 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
         (made.run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         write_notes(made)
         yield made
+
+
+def write_reports(run: SimpleNamespace) -> None:
+    """Generated reports as an evaluation leaves them: one that contradicts its record, others that state its class."""
+    rows = []
+    for record in run.records:
+        if record["split"] == "test" and record["label"] is not None:
+            said = "seborrheic keratosis" if record["label"] == 6 else CLASSES[record["label"]]
+            text = f"Dermoscopic image of a lesion. Diagnosis: {said}. <i>Fuzzy</i> edges."
+            rows.append({"record_id": record["record_id"], "text": text, "reference": "a note <b>of its own</b>"})
+    folder = next(run.run.glob("eval/*/metrics.json")).parent
+    pq.write_table(pa.Table.from_pylist(rows), folder / generated.REPORTS)
 
 
 def write_notes(run: SimpleNamespace) -> None:
@@ -127,7 +144,8 @@ def test_the_page_loads_nothing_from_anywhere(text: str) -> None:
 
 def test_notes_are_escaped(text: str) -> None:
     assert "red &lt;b&gt;border&lt;/b&gt;" in text
-    assert "<b>" not in text
+    assert "&lt;b&gt;of its own&lt;/b&gt;" in text
+    assert not re.search(r"<[bi]>", text)
 
 
 def test_the_main_table_holds_the_numbers_of_the_metrics(run: SimpleNamespace, text: str) -> None:
@@ -135,7 +153,7 @@ def test_the_main_table_holds_the_numbers_of_the_metrics(run: SimpleNamespace, t
     for task, strategy in (("classify-image", None), ("probe", None), ("zero-shot", "ensemble")):
         wanted = {"task": task, "eval_strategy": strategy, "class_set": "classes", "metric": "f1_weighted"}
         for row in content["results"]:
-            if all(row[k] == v for k, v in wanted.items()):
+            if row["scope_kind"] != "subgroup" and all(row[k] == v for k, v in wanted.items()):
                 assert f"{row['value']:.3f}" in text
                 assert f"{row['ci_low']:.3f}–{row['ci_high']:.3f}" in text
 
@@ -157,6 +175,12 @@ def test_curves_attention_gallery_and_notes_are_there(text: str) -> None:
         "Learning rate",
         "Cross-attention maps",
         "Retrieval gallery",
+        "Calibration",
+        "Recall of each class",
+        "By data set",
+        "Generated reports",
+        "All tasks",
+        "the primary endpoint",
     ):
         assert title in text
     assert "dropped class (" in text
@@ -172,6 +196,103 @@ def test_every_id_and_reference_inside_the_drawings_is_resolved(text: str) -> No
     assert not set(figures._CSS) & set(re.findall(r"#0[12]0\d0\d", text))
 
 
+def test_every_drawing_has_words_for_those_who_do_not_see_it(text: str) -> None:
+    drawings = re.findall(r"<svg [^>]*>", text)
+    assert len(drawings) > 8
+    assert all(re.search(r'role="img" aria-label="[^"]{8,}"', drawing) for drawing in drawings)
+    assert all(re.search(r'alt="[^"]+"', image) for image in re.findall(r"<img [^>]*>", text))
+
+
+def test_the_page_is_small_and_prints_what_is_folded(text: str) -> None:
+    assert len(text) < 6e6
+    assert "details::details-content" in text
+
+
+def test_calibration_is_that_of_the_metrics(run: SimpleNamespace) -> None:
+    evaluation = load_run(str(run.run), None, None).evaluation
+    shown = breakdown.reliabilities(evaluation)
+    assert {(r.method, r.scope) for r in shown} == {
+        (m, s) for m in ("model", "frozen probe") for s in ("internal", "external")
+    }
+    for one in shown:
+        task = {"model": "classify-image", "frozen probe": "probe"}[one.method]
+        wanted = {"task": task, "scope": one.scope, "metric": "ece", "class_set": "classes"}
+        assert one.ece == pytest.approx(tables.find(evaluation.rows, **wanted)["value"], abs=1e-9)  # type: ignore[index]
+        assert one.counts.sum() == one.n
+
+
+def test_recall_of_the_classes_averages_to_balanced_accuracy(run: SimpleNamespace) -> None:
+    evaluation = load_run(str(run.run), None, None).evaluation
+    for scope, bars in breakdown.class_recalls(evaluation).items():
+        wanted = {"task": "classify-image", "scope": scope, "metric": "balanced_accuracy", "class_set": "classes"}
+        row = tables.find(evaluation.rows, **wanted)
+        assert np.mean([b.value for b in bars if b.value is not None]) == pytest.approx(row["value"], abs=1e-9)  # type: ignore[index]
+        assert sum(b.n for b in bars) == row["n"]  # type: ignore[index]
+        assert all((b.value is None) == (b.n == 0) for b in bars)
+
+
+def test_the_endpoint_is_the_mean_over_the_external_data_sets(run: SimpleNamespace) -> None:
+    evaluation = load_run(str(run.run), None, None).evaluation
+    found = compare.endpoint(evaluation)
+    wanted = {"task": "classify-image", "metric": "f1_macro", "class_set": "classes", "scope_kind": "dataset"}
+    values = [tables.find(evaluation.rows, scope=d, **wanted)["value"] for d in evaluation.protocol["external"]]  # type: ignore[index]
+    assert found is not None
+    assert found.num_datasets == len(values) == 2
+    assert found.model.value == pytest.approx(np.mean(values), abs=1e-9)
+    assert found.model.low is not None
+    assert found.model.low <= found.model.value <= found.model.high  # type: ignore[operator]
+
+
+def test_confusion_matrices_cover_every_partition_once(run: SimpleNamespace) -> None:
+    evaluation = load_run(str(run.run), None, None).evaluation
+    shown = compare.confusions(evaluation)
+    names = [name for one in shown for name in one.title.split(" = ")]
+    assert sorted(names) == ["all", "clinical", "dermoscopic", "external", "internal"]
+    assert [one.n for one in shown] == [np.sum(one.counts) for one in shown]
+
+
+def test_reports_are_marked_by_their_records(run: SimpleNamespace, text: str) -> None:
+    evaluation = load_run(str(run.run), None, None).evaluation
+    shown = generated.marked_reports(evaluation, None, 12, 0)
+    assert len(shown) == 12
+    for one in shown:
+        fact = next(f for f in one.facts if f.name == "image")
+        wanted = generated.SUPPORTED if fact.value == "dermoscopic" else generated.CONTRADICTED
+        assert fact.status == wanted
+        assert any(p.mark == generated.UNSUPPORTED and p.text.lower() == "fuzzy" for p in one.pieces)
+    assert '<mark class="unsupported">' in text
+    counts = {c.name: c for c in generated.fact_counts(evaluation)}["image"]
+    assert (counts.supported, counts.contradicted, counts.missing) == (59, 20, 0)  # 20 records are clinical images
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "embeddings.safetensors", "ids.parquet", "predictions.parquet"])
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_a_damaged_or_missing_file_is_one_line(
+    run: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture, name: str, damage: str
+) -> None:
+    folder = tmp_path / "eval"
+    shutil.copytree(next(run.run.glob("eval/*/metrics.json")).parent, folder)
+    whole = (folder / name).read_bytes()
+    (folder / name).unlink()
+    if damage == "cut":
+        (folder / name).write_bytes(whole[: len(whole) // 2])
+    assert main(["report", f"run={folder}", f"shards={run.shards}", "--dry-run"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert name in error
+    assert "run `dermfm evaluate" in error
+    assert "\n" not in error
+
+
+def test_damaged_reports_are_refused_and_none_are_none(tmp_path: Path) -> None:
+    assert generated.read_reports(tmp_path) == []
+    (tmp_path / generated.REPORTS).write_bytes(b"PAR1 and no more")
+    with pytest.raises(InputError, match="cannot be read"):
+        generated.read_reports(tmp_path)
+    pq.write_table(pa.table({"record_id": ["a"]}), tmp_path / generated.REPORTS)
+    with pytest.raises(InputError, match="no column 'text'"):
+        generated.read_reports(tmp_path)
+
+
 def test_a_page_without_images_holds_none(run: SimpleNamespace, tmp_path: Path) -> None:
     path = write_report(ReportConfig(run=str(run.run), out=str(tmp_path / "plain.html"), images=False))
     assert "data:image" not in path.read_text()
@@ -183,7 +304,7 @@ def test_the_same_run_gives_the_same_page(run: SimpleNamespace, text: str) -> No
 
 def test_the_paired_difference_is_that_of_the_two_values(run: SimpleNamespace) -> None:
     evaluation = load_run(str(run.run), None, None).evaluation
-    for scope, difference in compare.differences(evaluation, "f1_weighted").items():
+    for scope, difference in compare.differences(evaluation, ["f1_weighted"])["f1_weighted"].items():
         wanted = {"scope": scope, "metric": "f1_weighted", "class_set": "classes"}
         values = [tables.find(evaluation.rows, task=task, **wanted)["value"] for task in ("classify-image", "probe")]  # type: ignore[index]
         assert difference.value == pytest.approx(values[0] - values[1], abs=1e-9)
