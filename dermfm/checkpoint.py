@@ -309,7 +309,13 @@ def load_model(path: str | Path, device: str = "cpu") -> DermFM:
     values["image"]["weights"], values["text"]["pretrained"] = None, False  # the checkpoint brings every weight
     values["text"]["cache_mb"] = 0  # each note is encoded once here, faster in batches
     model = DermFM(from_dict(ModelConfig, values, str(checkpoint)))
-    model.load_state_dict(zero.consolidated_weights(checkpoint.parent, checkpoint.name))
+    try:
+        model.load_state_dict(zero.consolidated_weights(checkpoint.parent, checkpoint.name))
+    except RuntimeError as error:
+        first = " ".join(str(error).split())[:160]
+        raise InputError(
+            f"{checkpoint}: holds another model than {checkpoint.parent.parent / 'config.yaml'} names ({first})"
+        ) from error
     return model.to(device).eval()
 
 

@@ -21,7 +21,7 @@ from dermfm.model.dermfm import DermFM
 
 SCRIPT = Path(__file__).with_name("evaluate_rank.py")
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(900)  # four processes on two busy cores
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def evaluate_on(
         subprocess.Popen(command, env={**base, "RANK": str(r), "LOCAL_RANK": str(r)}, stderr=subprocess.PIPE, text=True)
         for r in range(world)
     ]
-    return [(p.returncode, errors) for p in ranks for _, errors in [p.communicate(timeout=240)]]
+    return [(p.returncode, errors) for p in ranks for _, errors in [p.communicate(timeout=600)]]
 
 
 @pytest.fixture(scope="module")

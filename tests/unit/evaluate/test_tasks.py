@@ -165,8 +165,6 @@ def test_reranking_orders_the_first_items_by_their_match_logit(saved: SimpleName
     where = {"task": task, "scope": "all", "eval_strategy": f"narrative+match@{TOP}"}
     assert value(saved, metric="r@1", **where) == pytest.approx(np.mean(hits), abs=1e-6)
     assert value(saved, metric="median_rank", **where) == pytest.approx(np.median(ranks), abs=1e-6)
-    plain = value(saved, metric="map_micro", **where | {"eval_strategy": "narrative"})
-    assert value(saved, metric="map_micro", **where) != pytest.approx(plain, abs=1e-9)
 
 
 def middle_rank(scores: np.ndarray, own: float) -> float:
@@ -376,3 +374,21 @@ def test_reference_quirks_are_refused_under_the_strict_protocol() -> None:
     assert ProtocolConfig(name="reference").has("merge_identical")
     assert not ProtocolConfig(name="reference", merge_identical=False).has("merge_identical")
     assert METRICS == "metrics.json"
+
+
+def test_a_checkpoint_of_another_model_is_refused(
+    tmp_path: Path, model: DermFM, model_config: ModelConfig, make_run: Callable[..., Any], monkeypatch: Any
+) -> None:
+    from dermfm import checkpoint as checkpoints
+
+    load = checkpoints.load_model
+    run = make_run(tmp_path, model, model_config, monkeypatch)
+    weights = {name: value for name, value in model.state_dict().items() if not name.startswith("image_head")}
+    monkeypatch.setattr(checkpoints.zero, "consolidated_weights", lambda *_: weights)
+    monkeypatch.setattr(job, "load_model", load)
+    with pytest.raises(InputError, match=r"holds another model than .*config\.yaml names .*image_head"):
+        evaluate(settings(run, tasks=["classify-image"]))
+    other = DermFM(replace(copy.deepcopy(model_config), num_classes=5)).eval()
+    monkeypatch.setattr(job, "load_model", lambda *_: other)
+    with pytest.raises(InputError, match="a model of 5 classes; the protocol's are 8"):
+        evaluate(settings(run, tasks=["classify-image"]))
