@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,31 @@ def write_cell(
 def read_cells(out: str | Path) -> list[dict[str, Any]]:
     """All finished cells of a folder, sorted by id. InputError for a file that is none."""
     return [read_cell(path) for path in sorted((Path(out) / FOLDER).glob("*.json"))]
+
+
+def take_up(out: str | Path, results: str | Path) -> int:
+    """Copy finished cells that `results` has and `out` lacks; how many."""
+    there = {path.name for path in (Path(out) / FOLDER).glob("*.json")}
+    lacking = [path for path in sorted((Path(results) / FOLDER).glob("*.json")) if path.name not in there]
+    for path in lacking:
+        read_cell(path)
+        _copy(path, Path(out) / FOLDER)
+    return len(lacking)
+
+
+def publish(out: str | Path, results: str | Path, names: Sequence[str]) -> None:
+    """Put the finished cells and the named files of `out` into `results`."""
+    for path in sorted((Path(out) / FOLDER).glob("*.json")):
+        _copy(path, Path(results) / FOLDER)
+    for name in (SCORED, *names):
+        _copy(Path(out) / name, Path(results))
+
+
+def _copy(path: Path, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f"{path.name}.tmp"
+    shutil.copyfile(path, temporary)
+    os.replace(temporary, folder / path.name)
 
 
 def read_cell(path: str | Path) -> dict[str, Any]:

@@ -152,6 +152,10 @@ class StudyConfig:
     train: TrainConfig = key(TrainConfig, "tier 2: the job train; run, shards, strategies and seed are the cell's")
     evaluate: EvaluateConfig = key(EvaluateConfig, "tier 2: the job evaluate")
     protocol: ProtocolConfig = key(ProtocolConfig, "roles of the data sets")
+    results: str | None = key(
+        None,
+        "folder in version control that finished cells (without probabilities) and tables are taken from and put in",
+    )
     only: list[str] = key([], "do the cells, and write the notes, of these strategies only for now; empty: all")
     cells: list[int] = key([0, 1], "[k, n]: do the cells whose number mod n is k, as one of n jobs on the same folder")
     resamples: int = key(2000, "bootstrap resamples of groups for the effects")

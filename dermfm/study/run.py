@@ -38,6 +38,8 @@ def run_study(config: StudyConfig, run_job: RunJob) -> int:
     check(config)
     Path(config.out).mkdir(parents=True, exist_ok=True)
     write_text(Path(config.out) / "study.yaml", to_yaml(config))
+    if config.results and (taken := stored.take_up(config.out, config.results)):
+        print(f"cells: {taken} taken from {config.results}")
     shared = prepare(config)
     every = all_cells(config, best_of(config))
     cells = [cell for cell in every if not config.only or cell.strategy in config.only]

@@ -56,6 +56,8 @@ def write_tables(
     about = summary(config, contents, cells, protocol, found)
     write_text(out / SUMMARY, json.dumps(about, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     write_text(out / TABLE, "\n".join(markdown(contents, found, protocol)) + "\n")
+    if config.results:
+        stored.publish(out, config.results, (STUDY, EFFECTS, SUMMARY, TABLE))
     print("\n".join(verdict(found)))
     print(f"{out / STUDY}, {out / EFFECTS}, {out / TABLE}: {len(contents)} cells, {len(found)} effects")
     return out / STUDY

@@ -113,9 +113,15 @@ def test_the_same_command_makes_only_the_missing_cell_and_the_same_one(out, cell
     lost, kept = folder / "t1-narrative-plain-standard-s1.json", folder / "t1-label-template-standard-s0.json"
     before, stamp = json.loads(lost.read_text()), kept.stat().st_mtime_ns
     lost.unlink()
-    done = study(
-        tmp_path / "atlas", f"records.out={out}/records.parquet", f"shards.out={out}/shards", f"notes.out={out}/notes"
-    )
+    results = tmp_path / "results"
+    (results / "cells").mkdir(parents=True)
+    other = folder / "t1-template-template-standard-s1.json"
+    other.rename(results / "cells" / other.name)  # as a later day finds it: in version control only
+    given = [
+        f"{job}.out={out}/{name}"
+        for job, name in (("records", "records.parquet"), ("shards", "shards"), ("notes", "notes"))
+    ]
+    done = study(tmp_path / "atlas", f"results={results}", *given)
     assert done.returncode == 0, done.stderr
     assert "cells: 12, 11 done, 1 to do here" in done.stdout
     after = json.loads(lost.read_text())
@@ -123,6 +129,8 @@ def test_the_same_command_makes_only_the_missing_cell_and_the_same_one(out, cell
         n: before[n] for n in ("results", "predicted", "search")
     }
     assert kept.stat().st_mtime_ns == stamp
+    assert len(list((results / "cells").glob("*.json"))) == len(cells)
+    assert {"scored.parquet", "study.parquet", "effects.parquet", "table.md"} <= {p.name for p in results.iterdir()}
 
 
 def test_a_dry_run_tells_the_cells_and_what_they_share(out):
