@@ -33,7 +33,7 @@ def text_label_information(
         words = CountVectorizer(
             ngram_range=(1, 2), token_pattern=r"(?u)\b\w+\b", min_df=2 if len(train_texts) > 50 else 1
         )
-        model = LogisticRegression(class_weight="balanced", max_iter=300, C=1.0, random_state=seed)
+        model = LogisticRegression(class_weight="balanced", max_iter=2000, C=1.0, random_state=seed)
         said = make_pipeline(words, model).fit(list(train_texts), list(train_labels)).predict(list(test_texts))
     present = sorted(set(test_labels))
     return float(recall_score(list(test_labels), said, labels=present, average="macro", zero_division=0))
