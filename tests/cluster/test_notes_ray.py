@@ -21,7 +21,7 @@ from dermfm.notes.write import NoteWriter
 from dermfm.records.table import SCHEMA, write_records
 
 pytest.importorskip("ray", reason="Ray is not installed")
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(400)
 QUARTER = Resources(cpus=0.25)
 
 
