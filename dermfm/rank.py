@@ -51,8 +51,10 @@ def run_rank(
 def _train(config: TrainConfig, process: Process, stop: StopFlag, watch: Watch, laps: Laps) -> int:
     import torch
 
+    from dermfm import zero
     from dermfm.train import train
 
+    zero.ready(process.device)  # its import takes seconds that are no work of the run's
     laps.lap("imports")
     torch.set_num_threads(default_threads(config.threads, process.local_world))
     with take_lock(Path(config.run)) if process.is_first else contextlib.nullcontext():
