@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from cluster.ray import RayError, ray_session
 from cluster.replicas import Resources, room_for
 from dermfm.notes import store
 from dermfm.notes import synthesize as job
+from dermfm.notes.engines.protocol import EngineConfig
 from dermfm.notes.plan import NotesConfig
 from dermfm.notes.synthesize import plan_notes, synthesize
 from dermfm.notes.write import NoteWriter
@@ -141,3 +143,44 @@ def test_every_note_is_there_once_although_actors_die_and_texts_equal_the_undist
     assert sorted(notes.column("note_id").to_pylist()) == sorted(plan.notes)
     undisturbed = store.read_notes(calm.out)
     assert undisturbed.select(["note_id", "text"]).equals(notes.select(["note_id", "text"]))
+
+
+def _watched_writer(folder: Path) -> type:
+    class Watched(NoteWriter):
+        """Leaves its process id; the one that follows dies once, in the middle of the work."""
+
+        def follow(self) -> None:
+            (folder / f"follower-{os.getpid()}").touch()
+            super().follow()
+
+        def work(self, items: Any) -> Any:
+            rows = super().work(items)
+            followers = list(folder.glob("follower-*"))
+            if len(followers) == 1 and not (folder / "killed").exists():
+                (folder / "killed").touch()
+                os.kill(int(followers[0].name.partition("-")[2]), signal.SIGKILL)
+                super().work(items)
+            return rows
+
+    return Watched
+
+
+def test_a_model_held_by_two_actors_writes_what_the_whole_one_writes_though_one_of_them_dies(
+    cluster, tiny, tmp_path, monkeypatch
+):
+    engine = EngineConfig(model=str(tiny.write_tiny_llm(tmp_path / "model")), max_new_tokens=16)
+    path = _records(tmp_path / "records.parquet", 30)
+    keys: dict[str, Any] = {"records": str(path), "strategies": ["narrative"], "part_size": 15, "lease": 5}
+    calm = NotesConfig(out=str(tmp_path / "calm"), ray="never", engine=engine, **keys)
+    plan, table = plan_notes(calm)
+    synthesize(calm, plan, table)
+    monkeypatch.setattr(job, "NoteWriter", _watched_writer(tmp_path))
+    both = replace(engine, tensor_parallel=2)
+    sharded = NotesConfig(out=str(tmp_path / "sharded"), engine=both, **keys)
+    plan, table = plan_notes(sharded)
+    tally = synthesize(sharded, plan, table)
+    assert (tmp_path / "killed").exists()
+    assert len(list(tmp_path.glob("follower-*"))) == 2
+    assert tally.errors == 0
+    columns = ["note_id", "text", "faults", "num_tokens"]
+    assert store.read_notes(sharded.out).select(columns).equals(store.read_notes(calm.out).select(columns))
