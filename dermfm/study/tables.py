@@ -1,4 +1,4 @@
-"""The study's tables: study.parquet (a row a cell and metric), effects.parquet, study.json, and the README's table."""
+"""The tables of a study (study.parquet, a row a cell and metric; effects.parquet; study.json), its Markdown and its page."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dermfm.config import InputError, to_dict
+from dermfm.config import to_dict
 from dermfm.evaluate.results import ROW_KEYS
 from dermfm.evaluate.shift import ProtocolConfig
+from dermfm.report.study import study_table, write_study_page
 from dermfm.study import cells as stored
-from dermfm.study.config import REFERENCES, UNTESTED, Cell, StudyConfig
+from dermfm.study.config import REFERENCES, Cell, StudyConfig
 from dermfm.study.effects import EFFECT_SCHEMA, LEVEL, PRIMARY, Truth, effects
 from shards.manifest import write_text
 
@@ -40,7 +40,8 @@ STUDY_SCHEMA = pa.schema(
 def write_tables(
     config: StudyConfig, cells: Sequence[Cell], made_of: Mapping[Cell, Mapping[str, Any]], protocol: ProtocolConfig
 ) -> Path:
-    """Write all tables from the finished cells of the folder, those of other tiers and the probe included.
+    """Write all tables and the page, whose path comes back, from the finished cells of the folder, those of other
+    tiers and the probe included.
 
     `cells` are all of the tier, `made_of` what those are made of that are asked for now. Cells that were made of
     something else than the present configuration says are left out.
@@ -55,12 +56,13 @@ def write_tables(
     _write(pa.Table.from_pylist(found, schema=EFFECT_SCHEMA), out / EFFECTS)
     about = summary(config, contents, cells, protocol, found)
     write_text(out / SUMMARY, json.dumps(about, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    write_text(out / TABLE, "\n".join(markdown(contents, found, protocol)) + "\n")
+    write_text(out / TABLE, study_table(out))
+    page = write_study_page(out)
     if config.results:
-        stored.publish(out, config.results, (STUDY, EFFECTS, SUMMARY, TABLE))
+        stored.publish(out, config.results, (STUDY, EFFECTS, SUMMARY, TABLE, page.name))
     print("\n".join(verdict(found)))
     print(f"{out / STUDY}, {out / EFFECTS}, {out / TABLE}: {len(contents)} cells, {len(found)} effects")
-    return out / STUDY
+    return page
 
 
 def _counts(content: Mapping[str, Any], names: set[str], known: Mapping[str, Mapping[str, Any]]) -> bool:
@@ -138,73 +140,8 @@ def verdict(found: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def markdown(
-    contents: Sequence[Mapping[str, Any]], found: Sequence[Mapping[str, Any]], protocol: ProtocolConfig
-) -> list[str]:
-    """The table of the README: a line an arm, means over seeds, and the primary effects."""
-    places = ["internal", *protocol.external, "external"]
-    head = ["tier", "notes", "seeds", *(f"{p}" for p in places), *(f"against {r}" for r in REFERENCES)]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    arms: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
-    for content in contents:
-        arms.setdefault((content["tier"], content["objective"], content["strategy"], content["engine"]), []).append(
-            content
-        )
-    for (tier, objective, strategy, engine), group in sorted(arms.items(), key=lambda arm: _place(arm[0])):
-        effect = {
-            row["reference"]: row
-            for row in found
-            if row["primary"]
-            and (row["tier"], row["objective"], row["strategy"], row["engine"]) == (tier, objective, strategy, engine)
-        }
-        values = [_mean(group, place, protocol) for place in places]
-        name = strategy if group[0]["notes"]["tested"] else f"{strategy} (not a test: mostly template)"
-        cells = [
-            str(tier),
-            name,
-            str(len(group)),
-            *(f"{v:.3f}" for v in values),
-            *(_shown(effect.get(r)) for r in REFERENCES),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
-
-
-def _place(arm: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The probe first, then the controls, then the strategies."""
-    return arm[0], arm[1] != "none", arm[1], arm[2] not in UNTESTED, arm[2:]
-
-
-def _mean(group: Sequence[Mapping[str, Any]], place: str, protocol: ProtocolConfig) -> float:
-    """Mean over seeds of the macro F1 of image classification; of a side, the mean over its data sets."""
-    datasets = {"external": protocol.external, "internal": protocol.internal}.get(place, [place])
-    values = [
-        row["value"]
-        for content in group
-        for row in content["results"]
-        if row["task"] in ("classify-image", "probe") and row["metric"] == "f1_macro" and row["class_set"] == "classes"
-        and row["scope_kind"] == "dataset" and row["scope"] in datasets
-    ]  # fmt: skip
-    return float(np.mean(values)) if values else float("nan")
-
-
-def _shown(row: Mapping[str, Any] | None) -> str:
-    if row is None:
-        return ""
-    mark = " *" if row["significant"] else ""
-    return f"{row['effect']:+.3f} ({_signed(row['ci_low'])} to {_signed(row['ci_high'])}){mark}"
-
-
 def _signed(value: float | None) -> str:
     return "?" if value is None else f"{value:+.3f}"
-
-
-def read_effects(out: str | Path) -> list[dict[str, Any]]:
-    """The effects of a study as rows; InputError where it has none."""
-    path = Path(out) / EFFECTS
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; `dermfm study` writes it")
-    return pq.read_table(path).to_pylist()
 
 
 def _write(table: pa.Table, path: Path) -> None:

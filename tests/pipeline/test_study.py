@@ -130,7 +130,9 @@ def test_the_same_command_makes_only_the_missing_cell_and_the_same_one(out, cell
     }
     assert kept.stat().st_mtime_ns == stamp
     assert len(list((results / "cells").glob("*.json"))) == len(cells)
-    assert {"scored.parquet", "study.parquet", "effects.parquet", "table.md"} <= {p.name for p in results.iterdir()}
+    assert {"scored.parquet", "study.parquet", "effects.parquet", "table.md", "report.html"} <= {
+        p.name for p in results.iterdir()
+    }
 
 
 def test_a_dry_run_tells_the_cells_and_what_they_share(out):
