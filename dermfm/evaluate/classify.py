@@ -66,6 +66,33 @@ def classification(
     }
 
 
+def class_matched(
+    labels: np.ndarray, scores: np.ndarray, rows: np.ndarray, draws: Draws, prior: np.ndarray
+) -> dict[str, Value]:
+    """The measures that need predicted classes only, as if the classes were as frequent as in `prior` [C] counts.
+
+    Every record weighs as much as makes its class so frequent. Classes that either side lacks are left out. The chance
+    level is what always answering the most frequent class gets.
+    """
+    num_classes = scores.shape[1]
+
+    def matched(matrices: np.ndarray) -> np.ndarray:
+        wanted = np.broadcast_to(prior.astype(float), matrices.shape[:-1])
+        return matrices * _safe(wanted, matrices.sum(axis=-1))[..., None]
+
+    predicted = scores.argmax(axis=1)
+    points = confusion_values(matched(confusion_matrix(labels, predicted, num_classes).astype(float)))
+    drawn = confusion_values(matched(draws.sums(_one_hot(labels, predicted, num_classes), rows)))
+    present = prior * (np.bincount(labels, minlength=num_classes) > 0)
+    constant = np.zeros((num_classes, num_classes))
+    constant[:, present.argmax()] = present
+    chance = confusion_values(constant)
+    return {
+        name: Value(_number(float(points[name])), *interval(drawn[name]), _number(float(chance[name])), len(labels))
+        for name in points
+    }
+
+
 def _measured(
     labels: np.ndarray, scores: np.ndarray, rows: np.ndarray, draws: Draws, calibrated: bool
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:

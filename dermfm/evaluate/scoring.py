@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dermfm.evaluate import ranking
-from dermfm.evaluate.classify import Value, classification, per_class
+from dermfm.evaluate.classify import Value, class_matched, classification, per_class
 from dermfm.evaluate.ranking import Pool, Ranking, TargetRank
 from dermfm.evaluate.ranks import Ranks
 from dermfm.evaluate.records import CLASS_SETS
@@ -81,11 +81,21 @@ def classification_rows(
     for scope in scopes:
         keep = scope.mask[scored.rows] & (labels >= 0)
         if keep.any():
-            kept = scored.scores[..., keep, :]
-            values = classification(labels[keep], kept, scored.rows[keep], draws, scored.calibrated)
+            values = _classified(scored, labels, keep, scope, draws)
             own = {"class_set": scored.class_set} | fields | scored.fields
             for metric, value in values.items():
                 yield make_row(scored.task, scope.kind, scope.name, metric, value, **own)
+
+
+def _classified(scored: Scored, labels: np.ndarray, keep: np.ndarray, scope: Scope, draws: Draws) -> dict[str, Value]:
+    kept, rows = scored.scores[..., keep, :], scored.rows[keep]
+    if scope.like is None:
+        return classification(labels[keep], kept, rows, draws, scored.calibrated)
+    like = labels[scope.like[scored.rows] & (labels >= 0)]
+    prior = np.bincount(like, minlength=kept.shape[-1])
+    if kept.ndim > 2 or not prior[labels[keep]].any():
+        return {}
+    return class_matched(labels[keep], kept, rows, draws, prior)
 
 
 def class_tables(scored: Scored, truth: np.ndarray, scopes: list[Scope], draws: Draws) -> Iterator[dict[str, Any]]:

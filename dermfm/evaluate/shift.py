@@ -11,6 +11,7 @@ from dermfm.evaluate.records import RecordSet
 from dermfm.records.vocabulary import CLASSES
 
 QUIRKS = ("all_splits_in_pool", "self_in_pool", "merge_identical", "bare_words")
+CLASS_MATCHED = "external, classes as internal"  # a scope of its own: the same records, weighted
 PARTITIONS = ("internal", "external", "dermoscopic", "clinical", "all")
 
 
@@ -48,11 +49,15 @@ class ProtocolConfig:
 
 @dataclass(frozen=True)
 class Scope:
-    """A set of records that numbers are given for: `mask` bool [N]."""
+    """A set of records that numbers are given for: `mask` bool [N].
+
+    `like` bool [N]: the records whose class frequencies those of the set are weighted to; None: the set as it is.
+    """
 
     kind: str
     name: str
     mask: np.ndarray
+    like: np.ndarray | None = None
 
 
 def resolve_roles(protocol: ProtocolConfig, present: list[str], trained: list[str]) -> ProtocolConfig:
@@ -90,6 +95,15 @@ def make_scopes(records: RecordSet, protocol: ProtocolConfig, scored: np.ndarray
     found = {name: scored & mask for name, mask in masks.items()}
     scopes += [Scope("partition", name, found[name]) for name in PARTITIONS if found[name].any()]
     return scopes
+
+
+def class_matched_scopes(scopes: list[Scope]) -> list[Scope]:
+    """The external partition with the classes as frequent as in the internal one, where both are there: what is left of
+    the shift gap is not prevalence. For measures of classification only."""
+    found = {scope.name: scope.mask for scope in scopes if scope.kind == "partition"}
+    if "internal" not in found or "external" not in found:
+        return []
+    return [Scope("partition", CLASS_MATCHED, found["external"], like=found["internal"])]
 
 
 def empty_partitions(scopes: list[Scope]) -> list[str]:

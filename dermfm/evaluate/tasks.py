@@ -28,7 +28,7 @@ from dermfm.evaluate.scoring import (
     retrieve,
 )
 from dermfm.evaluate.settings import EvaluateConfig
-from dermfm.evaluate.shift import ProtocolConfig, Scope
+from dermfm.evaluate.shift import ProtocolConfig, Scope, class_matched_scopes
 from dermfm.evaluate.statistics import Draws, draw_groups
 from dermfm.evaluate.zeroshot import PROMPT_SETS, zero_shot_scores
 from dermfm.records.vocabulary import MALIGNANCIES, MALIGNANCY_OF
@@ -67,7 +67,8 @@ def score(
         one, scope = item
         return list(class_tables(one, truth[one.class_set], [scope], draws))
 
-    rows = spread(ranks, items, classified)
+    matched = [item for item in itertools.product(heads, class_matched_scopes(main)) if item[0].class_set == "classes"]
+    rows = spread(ranks, [*items, *matched], classified)
     for found in _retrievals(config, protocol, embedded, ranks, matcher):
         rows += spread(ranks, main, functools.partial(_retrieval_rows, found, draws, fields))
     if reports is not None:

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
+from dermfm.evaluate.shift import CLASS_MATCHED
+
 Row = dict[str, Any]
 METHODS = (
     ("classify-image", None, "model"),
@@ -153,12 +155,14 @@ def _retrieval_line(rows: list[Row], scope: tuple[str, str], columns: list[tuple
 
 @dataclasses.dataclass(frozen=True)
 class Gap:
-    """Internal and external value of one method and their difference."""
+    """Internal and external value of one method and their difference; `matched`: the external value if classes were as
+    frequent as in the internal partition, None where it was not measured."""
 
     method: str
     metric: str
     internal: float
     external: float
+    matched: float | None = None
 
     @property
     def difference(self) -> float:
@@ -174,6 +178,9 @@ def shift_gaps(rows: list[Row]) -> list[Gap]:
             wanted = {"task": task, "eval_strategy": strategy, "metric": metric, "class_set": "classes"}
             inside = find(rows, scope_kind="partition", scope="internal", **wanted)
             outside = find(rows, scope_kind="partition", scope="external", **wanted)
+            matched = find(rows, scope_kind="partition", scope=CLASS_MATCHED, **wanted)
             if inside and outside:
-                gaps.append(Gap(method, title, inside["value"], outside["value"]))
+                gaps.append(
+                    Gap(method, title, inside["value"], outside["value"], matched["value"] if matched else None)
+                )
     return gaps

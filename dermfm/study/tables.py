@@ -1,4 +1,4 @@
-"""The tables of a study (study.parquet, a row a cell and metric; effects.parquet; study.json), its Markdown and its page."""
+"""A study's tables (study.parquet, a row a cell and metric; effects.parquet; study.json), its Markdown, its page."""
 
 from __future__ import annotations
 

@@ -98,3 +98,25 @@ def test_resampled_values_are_those_of_the_records_drawn() -> None:
             assert found[name][k] == pytest.approx(value, abs=1e-12), name
         assert areas[k] == pytest.approx(classify.auroc(labels[drawn], probabilities[drawn]), abs=1e-12)
         assert errors[k] == pytest.approx(classify.calibration_error(labels[drawn], probabilities[drawn]), abs=1e-12)
+
+
+def test_class_matched_values_are_those_of_weighted_records() -> None:
+    """Weights that make the classes as frequent as elsewhere, where one is missing; a class that is missing here counts
+    on neither side."""
+    labels, probabilities = example(2)
+    prior = np.array([10, 0, 5, 70, 25])
+    rows = np.arange(len(labels))
+    found = classify.class_matched(labels, probabilities, rows, draw_groups(rows, rows * 0, 50, 0), prior)
+    answers, weight = probabilities.argmax(axis=1), (prior / np.maximum(np.bincount(labels, minlength=5), 1))[labels]
+    kept = weight > 0
+    labels, answers, weight = labels[kept], answers[kept], weight[kept]
+    own = {"labels": [0, 2, 4], "sample_weight": weight, "zero_division": 0.0}
+    for name, value in {
+        "accuracy": sk.accuracy_score(labels, answers, sample_weight=weight),
+        "f1_weighted": sk.f1_score(labels, answers, average="weighted", **own),
+        "f1_macro": sk.f1_score(labels, answers, average="macro", **own),
+        "kappa": sk.cohen_kappa_score(labels, answers, labels=range(5), sample_weight=weight),
+    }.items():
+        assert found[name].value == pytest.approx(value, abs=1e-9), name
+        assert found[name].ci_low < value < found[name].ci_high
+    assert found["accuracy"].chance == pytest.approx(25 / 40)
