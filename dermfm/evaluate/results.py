@@ -114,6 +114,7 @@ def write_embeddings(folder: Path, image: np.ndarray, text: np.ndarray, prompt: 
     arrays = {"image": image, "text": text, "prompt": prompt}
     temporary = folder / (EMBEDDINGS + ".tmp")
     save_file({name: np.ascontiguousarray(a, dtype=np.float32) for name, a in arrays.items()}, temporary)
+    temporary.chmod(0o644)  # safetensors writes files that only their owner can read
     os.replace(temporary, folder / EMBEDDINGS)
 
 

@@ -62,6 +62,11 @@ def saved(
     return SimpleNamespace(run=run, path=path, content=content, ids=ids, predictions=predictions, vectors=vectors)
 
 
+def test_what_is_saved_can_be_read_by_colleagues(saved: SimpleNamespace) -> None:
+    names = ("metrics.json", "embeddings.safetensors", "ids.parquet", "predictions.parquet")
+    assert {(saved.path.parent / name).stat().st_mode & 0o044 for name in names} == {0o044}
+
+
 def value(saved: SimpleNamespace, **wanted: Any) -> float:
     rows = [r for r in saved.content["results"] if all(r[k] == v for k, v in wanted.items())]
     assert len(rows) == 1, (wanted, len(rows))
