@@ -130,6 +130,19 @@ def check_room(ranks: Ranks) -> None:
         raise RayError(f"a rank needs {ranks.cpus:g} CPUs and {ranks.gpus:g} GPUs; no node has them ({most})")
 
 
+def check_all_fit(ranks: Ranks) -> None:
+    """RayError where the connected cluster, one that does not grow, cannot hold the least number of ranks at once."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    room = sum(min(int(node.get(name, 0.0) / need + 1e-9) for name, need in ranks.bundle.items()) for node in nodes)
+    if room < ranks.least:
+        raise RayError(
+            f"{ranks.least} ranks of {ranks.cpus:g} CPUs and {ranks.gpus:g} GPUs are asked for, this machine holds "
+            f"{room}; give fewer ray.workers, less to each (ray.cpus, ray.gpus), or a cluster (ray.address)"
+        )
+
+
 def has_gpus() -> bool:
     """Whether the connected cluster has GPUs."""
     import ray

@@ -11,7 +11,7 @@ from pathlib import Path
 from cluster.preemption import StopFlag
 from cluster.process import Process
 from cluster.ray import RayError, ray_session
-from cluster.ray_train import Ranks, Verdict, has_gpus, run_on_ray
+from cluster.ray_train import Ranks, Verdict, check_all_fit, has_gpus, run_on_ray
 from dermfm.border import is_bad_input
 from dermfm.config import InputError
 from dermfm.plan import TrainConfig
@@ -28,10 +28,11 @@ def train_on_ray(config: TrainConfig) -> int:
     """
     most = config.ray.most
     try:
-        own_cpus = None if config.ray.address else max(round(most * config.ray.cpus), 1)
-        with ray_session(config.ray.address, own_cpus):
+        with ray_session(config.ray.address):
             gpus = config.ray.gpus if config.device == "cuda" or (config.device == "auto" and has_gpus()) else 0.0
             ranks = Ranks(config.ray.least, most, config.ray.cpus, gpus, config.ray.max_failures)
+            if config.ray.address is None:
+                check_all_fit(ranks)
             return run_on_ray(functools.partial(_rank, config), ranks, Path(config.run) / RAY_NOTES)
     except RayError as error:
         raise InputError(f"ray: {error}") from error

@@ -95,6 +95,18 @@ def with_article(phrase: str) -> str:
     return f"{'an' if vowel else 'a'} {phrase}"
 
 
+PLAIN_SENTENCES = {
+    "site": "Site: {}.",
+    "asymmetry": "The outline is {}.",
+    "border": "Border: {}.",
+    "colours": "Colours: {}.",
+    "structures": "Structures: {}.",
+    "diagnosis": "Diagnosis: {}.",
+    "malignancy": "The lesion is {}.",
+    "findings": "Findings: {}.",
+}
+
+
 def statements(facts: Mapping[str, str]) -> dict[str, str]:
     """The plain sentence for each fact; "age" and "sex" share one, filed under the first of the two given."""
     said: dict[str, str] = {}
@@ -102,22 +114,7 @@ def statements(facts: Mapping[str, str]) -> dict[str, str]:
         said["image"] = f"{facts['image'].capitalize()} image of a skin lesion."
     if (who := patient(facts)) is not None:
         said["age" if "age" in facts else "sex"] = f"The patient is {with_article(who)}."
-    if "site" in facts:
-        said["site"] = f"Site: {facts['site']}."
-    if "asymmetry" in facts:
-        said["asymmetry"] = f"The outline is {facts['asymmetry']}."
-    if "border" in facts:
-        said["border"] = f"Border: {facts['border']}."
-    if "colours" in facts:
-        said["colours"] = f"Colours: {facts['colours']}."
-    if "structures" in facts:
-        said["structures"] = f"Structures: {facts['structures']}."
-    if "diagnosis" in facts:
-        said["diagnosis"] = f"Diagnosis: {facts['diagnosis']}."
-    if "malignancy" in facts:
-        said["malignancy"] = f"The lesion is {facts['malignancy']}."
-    if "findings" in facts:
-        said["findings"] = f"Findings: {facts['findings']}."
+    said |= {name: wording.format(facts[name]) for name, wording in PLAIN_SENTENCES.items() if name in facts}
     return said
 
 

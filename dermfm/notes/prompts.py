@@ -173,7 +173,11 @@ def load_prompt(path: str, sees: bool = False) -> LoadedPrompt:
         for example in style.examples:
             if wrong := sorted(set(example.facts) ^ set(known)):
                 raise InputError(f"{path}: an example must give exactly the facts {', '.join(known)}; see '{wrong[0]}'")
-    _try_out(loaded, [name for name in known if not (loaded.sees and name in APPEARANCE)])
+    told = [name for name in known if not (loaded.sees and name in APPEARANCE)]
+    try:
+        _try_out(loaded, told)
+    except InputError as error:
+        raise InputError(f"{path}: {error}; its `fields` give it the facts {', '.join(told) or 'none'}") from error
     return loaded
 
 

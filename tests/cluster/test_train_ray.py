@@ -21,7 +21,7 @@ import pytest
 from cluster.preemption import StopFlag
 from cluster.process import Process
 from cluster.ray import RayError, ray_session
-from cluster.ray_train import Ranks, Verdict, run_on_ray
+from cluster.ray_train import Ranks, Verdict, check_all_fit, run_on_ray
 from dermfm import checkpoint
 from dermfm.metrics import read_rows
 from dermfm.zero import consolidated_weights
@@ -112,6 +112,12 @@ def test_ranks_that_fail_at_each_start_end_the_run_with_one_line(cluster, tmp_pa
 def test_ranks_that_no_node_can_hold_are_refused_before_anything_starts(cluster, tmp_path):
     with pytest.raises(RayError, match="a rank needs 64 CPUs and 0 GPUs; no node has them"):
         run_on_ray(lambda *_: 0, ranks(1, cpus=64.0), tmp_path / "notes")
+
+
+def test_more_ranks_than_an_own_cluster_holds_are_refused_before_anything_starts(cluster):
+    check_all_fit(ranks(4))
+    with pytest.raises(RayError, match=r"5 ranks of 0\.5 CPUs .* this machine holds 4; give fewer ray\.workers"):
+        check_all_fit(ranks(5))
 
 
 @pytest.fixture

@@ -66,20 +66,17 @@ def saved(
         ids=tables["ids"],
         predictions=tables["predictions"],
         vectors=load_file(path.parent / "embeddings.safetensors"),
-        pixels=test_pixels(run.shards, model.image_size),
+        pixels=pixels_of_test(run.shards, model.image_size),
     )
 
 
-def test_pixels(shards: str, size: int) -> torch.Tensor:
+def pixels_of_test(shards: str, size: int) -> torch.Tensor:
     """uint8 [N, 3, S, S]: all images of the test split, read once more."""
     manifest = Manifest.load(shards)
     infos = manifest.split("test")
     reader = ShardReader(manifest.folder, infos, manifest.remote)
     places = [(s, row) for s, info in enumerate(infos) for row in range(info.num_samples)]
     return torch.from_numpy(np.stack([decode_image(image_bytes(reader.read(*place)), size) for place in places]))
-
-
-test_pixels.__test__ = False  # type: ignore[attr-defined]
 
 
 def rows_of(saved: SimpleNamespace, **wanted: Any) -> list[dict[str, Any]]:

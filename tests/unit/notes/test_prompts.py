@@ -84,7 +84,8 @@ def test_examples_show_only_facts_that_the_record_has(record):
     [
         ("fields: [modality", "fields: [modalities", "did you mean 'modality'"),
         ("label_access: given", "label_access: blind", "label-blind prompt may not see"),
-        ("; {{ diagnosis }};", "; {{ diagnoses }};", "'diagnoses' is undefined"),
+        ("; {{ diagnosis }};", "; {{ diagnoses }};", r"\.yaml: .*'diagnoses' is undefined; .* the facts .*diagnosis"),
+        ("; {{ diagnosis }};", "; {{ findings }};{{ label }}", r"\.yaml: .*'label' is undefined; .* the facts .*image"),
         ("site: back, ", "", "see 'site'"),
         ("version:", "versoin:", "unknown key 'versoin'"),
     ],
