@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from importlib import resources
 from typing import Any
 
-import jinja2
 import numpy as np
 
 from dermfm.export.card import NO_DEVICE
@@ -13,36 +11,29 @@ from dermfm.export.model import Exported
 from dermfm.predict.answer import Answer
 from dermfm.records.vocabulary import CLASS_CODES, MALIGNANCIES
 from dermfm.report.gallery import class_name, shorten
+from dermfm.report.template import render_template
 
 NUM_SHOWN = 3  # classes shown with their probability
 
 
 def render(model: Exported, answers: list[Answer], title: str) -> str:
     """The page as text; pictures are read from pictures/ beside it."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("dermfm.predict", "."), autoescape=True, undefined=jinja2.StrictUndefined
-    )
     shown = [_shown(answer, number) for number, answer in enumerate(answers) if not answer.error]
-    return environment.get_template("page.html").render(
-        title=title,
-        style=report_style(),
-        warning=NO_DEVICE,
-        name=model.about["name"],
-        step=model.about["step"],
-        manifest=model.about["manifest"],
-        calibration=model.about.get("calibration"),
-        num_notes=len(model.notes.rows),
-        writes_reports=model.writes_reports,
-        codes=CLASS_CODES,
-        answers=shown,
-        counts=[(code, sum(s["best"] == code for s in shown)) for code in CLASS_CODES],
-        bad=[answer for answer in answers if answer.error],
-    )
-
-
-def report_style() -> str:
-    """The style sheet of the report's pages: one look for all."""
-    return resources.files("dermfm.report").joinpath("style.html").read_text(encoding="utf-8")
+    values = {
+        "title": title,
+        "warning": NO_DEVICE,
+        "name": model.about["name"],
+        "step": model.about["step"],
+        "manifest": model.about["manifest"],
+        "calibration": model.about.get("calibration"),
+        "num_notes": len(model.notes.rows),
+        "writes_reports": model.writes_reports,
+        "codes": CLASS_CODES,
+        "answers": shown,
+        "counts": [(code, sum(s["best"] == code for s in shown)) for code in CLASS_CODES],
+        "bad": [answer for answer in answers if answer.error],
+    }
+    return render_template("page.html", values, package="dermfm.predict")
 
 
 def _shown(answer: Answer, number: int) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import cv2
-import jinja2
 import numpy as np
 import pyarrow as pa
 
@@ -29,6 +28,7 @@ from dermfm.records.source import Losses
 from dermfm.records.table import SPLITS
 from dermfm.records.vocabulary import CLASS_CODES, CLASSES
 from dermfm.report import figures
+from dermfm.report.template import render_template
 from shards.manifest import write_text
 
 THUMBNAIL, QUALITY = 112, 82
@@ -65,11 +65,8 @@ class Picture:
 
 def write_records_page(table: pa.Table, losses: Losses, path: Path, out: Path, seed: int = 0) -> Path:
     """Write the page about the table of `path` (records.parquet) to `out`; its path. Needs no network to be read."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("dermfm.report", "."), autoescape=True, undefined=jinja2.StrictUndefined
-    )
     values = page_values(table, losses, path, np.random.default_rng(seed))
-    write_text(out, environment.get_template("records.html").render(**values))
+    write_text(out, render_template("records.html", values))
     return out
 
 

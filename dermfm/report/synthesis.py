@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import pyarrow as pa
 
@@ -22,6 +21,7 @@ from dermfm.notes.store import SOURCES, read_notes
 from dermfm.notes.strategies import Strategy
 from dermfm.report import figures
 from dermfm.report.notes import NoteLine, note_table
+from dermfm.report.template import render_template
 from shards.manifest import write_text
 
 Row = dict[str, Any]
@@ -58,10 +58,7 @@ def write_notes_page(config: NotesConfig, table: pa.Table, out: Path) -> Path:
 
     Needs no network to be read. InputError where the folder holds no notes.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("dermfm.report", "."), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    write_text(out, environment.get_template("synthesis.html").render(**page_values(config, table)))
+    write_text(out, render_template("synthesis.html", page_values(config, table)))
     return out
 
 

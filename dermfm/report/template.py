@@ -11,10 +11,11 @@ from dermfm.report.tables import number
 from dermfm.report.verdicts import signed
 
 
-def render_template(name: str, values: Mapping[str, Any]) -> str:
-    """The template `name` of this folder with its values, as text."""
+def render_template(name: str, values: Mapping[str, Any], package: str = "dermfm.report") -> str:
+    """The template `name` of a package with its values, as text; frame, style and macros are of this one."""
+    places = [jinja2.PackageLoader(folder, ".") for folder in dict.fromkeys((package, "dermfm.report"))]
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("dermfm.report", "."), autoescape=True, undefined=jinja2.StrictUndefined
+        loader=jinja2.ChoiceLoader(places), autoescape=True, undefined=jinja2.StrictUndefined
     )
     environment.filters["number"] = number
     environment.filters["signed"] = signed
