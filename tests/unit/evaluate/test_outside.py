@@ -116,7 +116,7 @@ def test_a_hugging_face_folder_embeds_as_its_own_model_does(hf_folder: Path, tin
 def test_templates_of_known_models_are_their_own_and_can_be_replaced(clip_folder: Path, tmp_path: Path) -> None:
     own = tmp_path / "dermlip-copy"
     own.symlink_to(clip_folder)
-    assert load_outside(str(own), "cpu").templates["classes"] == ("This is a skin image of {}.",)
+    assert load_outside(str(own), "cpu").templates["classes"] == ("This is a skin image of {}",)
     given = load_outside(str(clip_folder), "cpu", {"classes": ["skin, {}"]}).templates
     assert given["classes"] == ("skin, {}",)
     assert "a photo of a {} skin lesion" in given["malignancy"]
