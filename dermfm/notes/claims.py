@@ -102,9 +102,14 @@ def is_aside(clean: str, start: int) -> bool:
 
 
 def _reach(clean: str, start: int, words: int) -> str:
-    joined = DENIED_LIST.sub(lambda m: m[0].replace(",", " "), clean)  # same length
-    before = CLAUSE_END.split(re.split(r"[.!?]\s", joined[:start])[-1])[-1]
+    before = CLAUSE_END.split(re.split(r"[.!?]\s", _without_list_commas(clean)[:start])[-1])[-1]
     return " ".join(before.split()[-words:])
+
+
+@functools.lru_cache(maxsize=256)
+def _without_list_commas(clean: str) -> str:
+    """The text with blanks for the commas of denied lists."""
+    return DENIED_LIST.sub(lambda m: m[0].replace(",", " "), clean)
 
 
 def without(clean: str, phrases: Iterable[str]) -> str:

@@ -64,7 +64,7 @@ def unsupported(clean: str, facts: Facts, sees: bool = False, is_talk: bool = Fa
     told = [*_by_list(clean, facts), *_by_fact(clean, facts, sees)]
     if not sees:
         told += _appearance(clean, facts)
-    known = word_set("plain_words") | _given_words(facts) | _all_listed()
+    known = word_set("plain_words") | word_set("function_words") | _given_words(facts) | _all_listed()
     if "age" in facts:
         known |= set(terms()["age_bands"])
     if sees:
@@ -163,7 +163,7 @@ def _all_listed() -> frozenset[str]:
 
 @functools.cache
 def _known_words() -> frozenset[str]:
-    return _all_listed() | word_set("plain_words") | word_set("eponyms")
+    return _all_listed() | word_set("plain_words") | word_set("function_words") | word_set("eponyms")
 
 
 def _given_words(facts: Mapping[str, str]) -> set[str]:

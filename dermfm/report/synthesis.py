@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,13 +53,29 @@ class Section:
     samples: list[str]
 
 
-def write_notes_page(config: NotesConfig, table: pa.Table, out: Path) -> Path:
+def write_notes_page(
+    config: NotesConfig, table: pa.Table, out: Path, tell: Callable[[str], None] = lambda line: None
+) -> Path:
     """Write the page about the notes of `config.out`, made of the records `table`, to `out`; its path.
 
-    Needs no network to be read. InputError where the folder holds no notes.
+    `tell` gets a line for each strategy whose released notes were checked anew. Needs no network to be read.
+    InputError where the folder holds no notes.
     """
-    write_text(out, render_template("synthesis.html", page_values(config, table)))
+    values = page_values(config, table)
+    write_text(out, render_template("synthesis.html", values))
+    for section in values["sections"]:
+        if section.after is not None:
+            tell(released_line(section))
     return out
+
+
+def released_line(section: Section) -> str:
+    """What the checks say of a strategy's notes as they were released: the three figures that a lab looks at first."""
+    assert section.after is not None
+    wrong = section.after["contradiction"], section.after["self-contradiction"], section.after["unsupported"]
+    share = "{:.2%} contradict a fact, {:.2%} themselves, {:.2%} say what no fact supports".format(*wrong)
+    recall = "" if section.recall is None else f"; {section.recall:.4f} of the given facts are stated"
+    return f"  {section.line.strategy} as released: {share}{recall}"
 
 
 def page_values(config: NotesConfig, table: pa.Table) -> dict[str, Any]:

@@ -1,4 +1,8 @@
-"""The checker judged on notes that were labelled sentence by sentence before it had run on them."""
+"""The checker judged on notes that were labelled sentence by sentence before it had run on them.
+
+Each file's first line tells how its notes came about and what the checker scored at its first look, which is the honest
+figure: it was mended on all but the last of them afterwards. labelled_notes_closed.jsonl was opened when that was done.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,12 @@ from dermfm.notes.checks import KINDS, examine
 from dermfm.notes.claims import sentences
 
 FOLDER = Path(__file__).parent
-SETS = ("labelled_notes.jsonl", "labelled_notes_unseen.jsonl", "labelled_notes_blind.jsonl")
+SETS = (
+    "labelled_notes.jsonl",
+    "labelled_notes_unseen.jsonl",
+    "labelled_notes_blind.jsonl",
+    "labelled_notes_closed.jsonl",
+)
 OF_THE_NOTE = ("refusal", "unfinished", "repetition", "self-contradiction", "personal")
 ABOUT = ("site", "size", "symptom", "history", "treatment", "age", "sex", "appearance")
 
@@ -73,17 +82,20 @@ def scores(notes):
     return {k: (right[k] / max(claimed[k], 1), right[k] / max(labelled[k], 1), labelled[k]) for k in kinds}
 
 
-# Below the goal of 0.9, as they are: five to seven labelled ones each, in the set that was unseen.
+# Below the goal of 0.9, as they are: most with five to seven labelled ones.
 FLOORS = {"unsupported: history": 0.7, "unsupported: site": 0.85, "self-contradiction": 0.85, "personal": 0.8}
 FLOORS |= {"unsupported: treatment": 0.85, "refusal": 0.85}
+# What the checker was never tuned on, as it scored at the first look.
+UNTUNED = {"contradiction": 0.85, "unsupported": 0.75, "refusal": 0.75, "unsupported: history": 0.5}
+UNTUNED |= {"unsupported: treatment": 0.85, "unsupported: appearance": 0.6}
 ENOUGH = 5  # labelled faults of a kind from which its precision and recall mean something by themselves
 
 
 @pytest.mark.parametrize("name", SETS)
 def test_the_checker_agrees_with_the_labels_of_every_kind(name):
-    found = scores(read(name))
+    found, floors = scores(read(name)), FLOORS | (UNTUNED if name == "labelled_notes_closed.jsonl" else {})
     wanting = {
-        kind: told for kind, told in found.items() if told[2] >= ENOUGH and min(told[:2]) < FLOORS.get(kind, 0.9)
+        kind: told for kind, told in found.items() if told[2] >= ENOUGH and min(told[:2]) < floors.get(kind, 0.9)
     }
     assert not wanting
 
