@@ -27,6 +27,7 @@ from shards.manifest import write_text
 Row = dict[str, Any]
 EXAMPLES = 3  # notes shown of each kind of fault
 SHOWN = 4  # notes shown of each strategy
+ALWAYS_TOLD = ("missing", "contradiction", "self-contradiction", "unsupported")  # a zero is worth saying, too
 CHECKED = 2000  # released notes of a strategy that are checked again
 COUNTED = 2000  # notes of a strategy whose n-grams are counted, so that strategies of different size compare
 
@@ -36,6 +37,7 @@ class Section:
     """Everything that is told about the notes of one strategy by one engine."""
 
     line: NoteLine
+    written: bool  # by a model
     model: str
     kept: float
     before: dict[str, float] | None
@@ -87,14 +89,18 @@ def page_values(config: NotesConfig, table: pa.Table) -> dict[str, Any]:
     known = _known_strategies(config)
     lines = {(line.strategy, line.engine, line.label_access): line for line in note_table(config.out)}
     sections = [_section(lines[k], rows, records, known.get(k[0])) for k, rows in sorted(groups.items())]
-    checked = [s for s in sections if s.before is not None]
+    checked = [s for s in sections if s.before is not None or s.after is not None]
     return {
         "title": Path(config.out).name,
         "num_notes": sum(s.line.total for s in sections),
         "num_records": len({row["record_id"] for rows in groups.values() for row in rows}),
         "sources": SOURCES,
         "sections": sections,
-        "kinds": [k for k in KINDS if any((s.before or {}).get(k) or (s.after or {}).get(k) for s in checked)],
+        "kinds": [
+            kind
+            for kind in KINDS
+            if kind in ALWAYS_TOLD or any((s.before or {}).get(kind) or (s.after or {}).get(kind) for s in checked)
+        ],
         "checked": checked,
         "lengths": _length_figures(groups),
     }
@@ -115,6 +121,7 @@ def _section(line: NoteLine, rows: list[Row], records: dict[str, Row], strategy:
     information, chance = _information(rows, records)
     return Section(
         line=line,
+        written=written,
         model=", ".join(sorted({row["model"] for row in rows})),
         kept=(counts["generated"] + counts["regenerated"]) / total,
         before=_rates([row["first_faults"] for row in rows]) if written else None,
