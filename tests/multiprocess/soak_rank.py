@@ -32,10 +32,10 @@ class ByteTokenizer:
 
 
 def resident() -> int:
-    """Bytes of this process and of all that it started; garbage is not counted as growth."""
+    """Bytes of this process and of all that it started, shared pages by their share; garbage does not count."""
     gc.collect()
     own = psutil.Process()
-    return sum(p.memory_full_info().uss for p in [own, *own.children(recursive=True)])
+    return sum(p.memory_full_info().pss for p in [own, *own.children(recursive=True)])
 
 
 def main() -> None:
