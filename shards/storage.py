@@ -200,8 +200,8 @@ def _status(error: BaseException) -> int | None:
         if isinstance(one, OSError) and str(one).startswith("Forbidden: "):
             return 403  # all that gcsfs says of it
         status = getattr(one, "status", None)
-        if status is None and isinstance(getattr(one, "code", None), int):
-            status = getattr(one, "code", None)  # gcsfs's HttpError
+        if status is None and type(one).__module__.startswith("gcsfs."):
+            status = getattr(one, "code", None)  # aiohttp has a `code`, too: 400 for an answer that was cut
         if status is None:
             status = (getattr(one, "response", None) or {}).get("ResponseMetadata", {}).get("HTTPStatusCode")
         if isinstance(status, int):
