@@ -16,9 +16,12 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, words: Tensor, targets: Tensor, chunk: int) -> Tensor:  # type: ignore[override]
         wide = torch.promote_types(hidden.dtype, torch.float32)
+        ctx.dtype = words.dtype
+        # Narrowed in here, so that the gradient of the words is made once, in their own type.
+        words = words.to(hidden.dtype)
         learns_hidden, learns_words = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if learns_hidden else None
-        grad_words = torch.zeros_like(words, dtype=wide) if learns_words else None
+        grad_words = torch.zeros(words.shape, dtype=wide, device=words.device) if learns_words else None
         total = torch.zeros((), dtype=wide, device=hidden.device)
         for start in range(0, len(hidden), chunk):
             rows, aims = hidden[start : start + chunk], targets[start : start + chunk, None]
@@ -34,7 +37,6 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
             if grad_words is not None:
                 grad_words.addmm_(slope.T, rows.to(wide))
         ctx.save_for_backward(grad_hidden, grad_words)
-        ctx.dtype = words.dtype
         return total
 
     @staticmethod
@@ -51,8 +53,7 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
 def token_cross_entropy(hidden: Tensor, words: Tensor, targets: Tensor, chunk_elements: int = CHUNK_ELEMENTS) -> Tensor:
     """Σ over tokens of the cross-entropy of logits hidden · wordsᵀ with targets; a scalar, at least float32.
 
-    hidden [N, D], words [V, D] (output embeddings), targets int64 [N]. At most `chunk_elements` logits exist at a time.
+    hidden [N, D], words [V, D] (output embeddings, which may be wider, as under autocast), targets int64 [N]. At most
+    `chunk_elements` logits exist at a time.
     """
-    if hidden.dtype != words.dtype:  # under autocast the states may be narrower than the embeddings
-        words = words.to(hidden.dtype)
     return _FusedLinearCrossEntropy.apply(hidden, words, targets, max(1, chunk_elements // len(words)))
