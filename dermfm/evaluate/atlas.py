@@ -100,7 +100,7 @@ def colour_maps(model: Any, valid: Sequence[Case], test: Sequence[Case]) -> dict
 
 def report_scores(model: Any, cases: Sequence[Case]) -> dict[str, float]:
     """F1 of the attributes that greedy reports state, over all of them (`all`) and by kind."""
-    said = []
+    said: list[dict[str, frozenset[str]]] = []
     for start in range(0, len(cases), BATCH):
         pixels = torch.from_numpy(np.stack([c.pixels for c in cases[start : start + BATCH]]))
         said += [attributes_of(text) for text in model.write_report(pixels.to(_device(model)))]

@@ -73,7 +73,7 @@ def fusion_maps(model: Any, pixels: Tensor, tokens: Tensor, lengths: Tensor) -> 
         slopes = torch.autograd.grad(model.match_head(masked_mean(fused, lengths)).sum(), weights)
     plain = [w.detach() for w in weights]
     weighted = [(w * g).clamp(min=0) for w, g in zip(plain, slopes, strict=True)]
-    rows = []
+    rows: list[Tensor] = []
     for kind in (plain, weighted):
         for maps in kind:  # [B, H, T, P]
             rows += [maps.mean(1), *maps.unbind(1)]
@@ -86,7 +86,7 @@ def pair_hits(model: Any, examples: Sequence[Example]) -> list[np.ndarray]:
     Ties, as of a map of zeros, are misses.
     """
     device = next(model.parameters()).device
-    found = []
+    found: list[np.ndarray] = []
     for start in range(0, len(examples), BATCH):
         part = examples[start : start + BATCH]
         texts = [e.text for e in part]
@@ -102,7 +102,8 @@ def pair_hits(model: Any, examples: Sequence[Example]) -> list[np.ndarray]:
 
 def _hits(maps: np.ndarray, spans: Sequence[tuple[int, int]], example: Example, grid: tuple[int, int]) -> np.ndarray:
     """bool [R, N] of one example from its maps [R, T, P]."""
-    mass, cover = {}, {}
+    mass: dict[str, np.ndarray] = {}
+    cover: dict[str, np.ndarray] = {}
     for word, (start, end) in example.words.items():
         tokens = [t for t, (a, b) in enumerate(spans) if a < end and b > start]
         if not tokens:  # cut off with the end of a long note

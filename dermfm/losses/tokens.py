@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-CHUNK_ELEMENTS = 2**23  # logits in memory at a time: 32 MB in float32
+CHUNK_ELEMENTS = 2**21  # logits in memory at a time: 8 MB in float32, while all activations are there too
 
 
 class _FusedLinearCrossEntropy(torch.autograd.Function):
@@ -36,15 +37,19 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
                 grad_hidden[start : start + chunk] = slope.to(words.dtype) @ words
             if grad_words is not None:
                 grad_words.addmm_(slope.T, rows.to(wide))
-        ctx.save_for_backward(grad_hidden, grad_words)
+        ctx.gradients = grad_hidden, grad_words
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
-        hidden, words = ctx.saved_tensors
+        # Scaled in place: a copy of the words' gradient would be among the largest tensors of a step, at its peak.
+        if ctx.gradients is None:
+            raise RuntimeError("token_cross_entropy: its gradients were given out; a second backward needs a new pass")
+        (hidden, words), ctx.gradients = ctx.gradients, None
         return (
-            None if hidden is None else hidden * gradient.to(hidden.dtype),
-            None if words is None else (words * gradient).to(ctx.dtype),
+            None if hidden is None else hidden.mul_(gradient.to(hidden.dtype)),
+            None if words is None else words.mul_(gradient).to(ctx.dtype),
             None,
             None,
         )

@@ -72,6 +72,14 @@ def test_the_fused_loss_of_half_precision_is_summed_in_float32():
     torch.testing.assert_close(found, expected, rtol=1e-2, atol=0)
 
 
+def test_a_second_backward_of_the_fused_loss_is_an_error_and_not_a_wrong_gradient():
+    hidden, words = torch.randn(5, 4).requires_grad_(), torch.randn(VOCABULARY, 4)
+    loss = token_cross_entropy(hidden, words, torch.arange(5))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="second backward"):
+        loss.backward()
+
+
 def test_a_batch_without_any_note_costs_nothing():
     words = torch.randn(VOCABULARY, 4).requires_grad_()
     loss = token_cross_entropy(torch.zeros(0, 4).requires_grad_(), words, torch.zeros(0, dtype=torch.int64))
