@@ -136,8 +136,15 @@ def need(config: TrainConfig, sizes: Sizes, how: Sharding, p: Plan, reserve: flo
 
 
 def row_bytes(config: TrainConfig) -> int:
-    """Bytes of one sample's note tokens, hashes, label and lengths, as they travel between ranks (int64)."""
+    """Bytes of one sample's note tokens, hashes, label and lengths (int64)."""
     return (config.model.text.max_tokens + 6) * 8
+
+
+def sent_bytes(config: TrainConfig) -> int:
+    """Bytes of one sample that travel between ranks beside its features: its note's tokens only where one is mined."""
+    if not config.objectives.compares:
+        return 0
+    return row_bytes(config) if config.objectives.matching else 6 * 8
 
 
 def largest_micro_batch(config: TrainConfig, sizes: Sizes, world: int, p: Plan, limit: float, reserve: float) -> int:

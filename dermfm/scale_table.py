@@ -11,7 +11,7 @@ from dermfm import memory
 from dermfm.config import InputError
 from dermfm.model.summary import print_summary
 from dermfm.plan import Plan, TrainConfig
-from dermfm.scale import GB, Need, ScaleConfig, Sizes, measure, need, parts_of, remedies, row_bytes, sharding, steps_of
+from dermfm.scale import GB, Need, ScaleConfig, Sizes, measure, need, parts_of, remedies, sent_bytes, sharding, steps_of
 
 TRACED, COUNTED, ASSUMED = "traced", "arithmetic", "assumed"
 
@@ -121,7 +121,7 @@ def run_rows(config: ScaleConfig, sizes: Sizes, p: Plan) -> list[tuple[str, str,
         p.num_micro,
         config.contrastive_batch,
         config.model.embed_dim,
-        row_bytes(config) if config.objectives.uses_text else 0,
+        sent_bytes(config),
     )
     for name, count in sent.items():
         rows.append((f"sent: {name}", f"{count / GB:.3f} GB", "a rank and step"))
