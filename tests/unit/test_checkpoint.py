@@ -375,3 +375,17 @@ def test_the_record_holds_config_commands_and_code(tmp_path, monkeypatch):
     assert (tmp_path / "run" / "command.txt").read_text() == "dermfm train a=1\ndermfm train a=2\n"
     code = (tmp_path / "run" / "code.txt").read_text()
     assert code == "not a git checkout\n" or len(code.splitlines()[0]) == 40
+
+
+def test_without_zero_the_one_file_of_the_first_of_two_ranks_is_a_whole_checkpoint(tmp_path):
+    for stage, is_whole in ((0, True), (1, False)):
+        partial = tmp_path / f"step-0000000{stage + 1}.tmp"
+        partial.mkdir()
+        (partial / "mp_rank_00_model_states.pt").write_bytes(b"weights and moments")
+        state = checkpoint.State(stage + 1, 8, {}, 2, stage, 1)
+        if is_whole:
+            checkpoint._commit(partial, state, [])
+            assert checkpoint.complete_steps(tmp_path) == [1]
+        else:
+            with pytest.raises(AssertionError, match="1 state files of 2 ranks"):
+                checkpoint._commit(partial, state, [])
