@@ -79,35 +79,6 @@ def test_tokens_of_a_cnn_are_its_feature_map_row_by_row():
     torch.testing.assert_close(pooled, features.mean((2, 3)), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("stride", "side", "stages"), [(8, 8, 3), (16, 4, 5)])
-def test_a_smaller_stride_gives_the_tokens_of_an_earlier_stage_and_leaves_the_deeper_ones_out(stride, side, stages):
-    tower = image_tower("tf_efficientnet_lite0", size=64, stride=stride).eval()
-    whole = timm.create_model("tf_efficientnet_lite0").eval()
-    unknown = whole.load_state_dict(tower.body.state_dict(), strict=False).unexpected_keys
-    pixels = pixels_of(2, 64)
-    expected = whole.blocks[:stages](whole.bn1(whole.conv_stem((pixels - tower.mean) / tower.std)))
-    tokens, pooled = tower(pixels)
-    assert not unknown
-    assert len(tower.body.blocks) == stages
-    assert tower.grid == (side, side)
-    assert tower.width == expected.shape[1]
-    torch.testing.assert_close(tokens, expected.flatten(2).transpose(1, 2), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(pooled, tokens.mean(1))
-
-
-@pytest.mark.parametrize(
-    ("name", "stride", "part"),
-    [
-        ("tf_efficientnet_lite0", 9, "2, 4, 8, 16, 32"),
-        ("test_vit", 8, "no stages"),
-        ("torchvision:resnet18", 8, "no stages"),
-    ],
-)
-def test_a_stride_that_the_tower_does_not_have_is_an_error_that_lists_those_it_has(name, stride, part):
-    with pytest.raises(InputError, match=f"image.stride: .*{part}"):
-        image_tower(name, size=160, stride=stride)
-
-
 def test_the_class_token_of_a_vit_is_pooled_and_is_no_image_token():
     tower = image_tower(VIT).eval()
     assert tower.prefix == 1
