@@ -68,6 +68,28 @@ def test_near_hashes_finds_exactly_the_pairs_within_the_distance(
     assert set(near_hashes([f"{value:016x}" for value in values], distance)) == expected
 
 
+def test_near_hashes_by_bands_are_those_of_comparing_all_with_all() -> None:
+    rng = np.random.default_rng(0)
+    values = rng.integers(0, 2**64, 4500, dtype=np.uint64)
+    values[3000:] = values[:1500]
+    for _ in range(11):  # copies that differ in up to eleven bits, some of them in a single band
+        places = np.where(np.arange(1500) % 3, rng.integers(0, 64, 1500), rng.integers(0, 16, 1500))
+        flip = rng.random(1500) < 0.4
+        values[3000:][flip] ^= np.uint64(1) << places[flip].astype(np.uint64)
+    for distance in (0, 8, 11):
+        naive = [
+            (i, i + 1 + int(j))
+            for i in range(len(values))
+            for j in np.flatnonzero(np.bitwise_count(values[i] ^ values[i + 1 :]) <= distance)
+        ]
+        assert len(naive) > 3
+        assert near_hashes([f"{value:016x}" for value in values], distance) == naive
+
+
+def test_near_hashes_of_many_equal_ones_are_all_pairs() -> None:
+    assert len(near_hashes(["00ff00ff00ff00ff"] * 600 + [f"{i * 7919:016x}" for i in range(4000)], 0)) == 600 * 599 // 2
+
+
 def copies_among(pictures: list[Image.Image], folder: Path, distance: int = 8) -> set[tuple[int, int]]:
     """What `duplicate_pairs` finds among the pictures, each saved at another JPEG quality."""
     paths = [folder / f"{i}.jpg" for i in range(len(pictures))]
