@@ -7,10 +7,12 @@ from itertools import combinations
 from pathlib import Path
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance
 
+from dermfm.records import keypoints
 from dermfm.records.duplicates import THUMBNAIL, duplicate_pairs, near_hashes, neighbours
 from dermfm.records.groups import DROPPED, assign_groups, drop_copies
 from dermfm.records.images import image_facts
@@ -135,6 +137,16 @@ def test_two_dark_spots_on_pale_skin_are_not_taken_for_the_same_photograph(tmp_p
     thumbnails = [image_facts(tmp_path / f"{i}.jpg").thumbnail for i in range(2)]
     assert set(neighbours(thumbnails)) == {(0, 1)}
     assert copies_among([spots[0], spots[0].crop((10, 8, 152, 150))], tmp_path) == {(0, 1)}
+
+
+def test_copies_are_confirmed_alike_in_one_process_and_in_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keypoints, "POOL_FROM", 1)
+    spots = [spot_on_skin(3), spot_on_skin(4), spot_on_skin(3).crop((10, 8, 152, 150))]
+    paths = [tmp_path / f"{i}.png" for i in range(3)]
+    for path, picture in zip(paths, spots, strict=True):
+        picture.save(path)
+    pairs = [(0, 1), (0, 2), (1, 2)]
+    assert keypoints.confirmed(paths, pairs, 8, 1) == keypoints.confirmed(paths, pairs, 8, 2) == {(0, 2)}
 
 
 def test_features_agree_only_where_one_similarity_transform_carries_them_over() -> None:
