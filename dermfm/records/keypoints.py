@@ -56,8 +56,8 @@ def confirmed(
         found = track(mapped(features_of, [paths[i] for i in used]), len(used), "describing images", "images")
         _save(found, len(used), file)
         both = [(place[i], place[j]) for i, j in pairs]
-        counts = mapped(functools.partial(_compare, file=file, num_images=len(used), enough=min_matches), both)
-        counts = list(track(counts, len(pairs), "comparing images", "pairs"))
+        compared = mapped(functools.partial(_compare, file=file, num_images=len(used), enough=min_matches), both)
+        counts = list(track(compared, len(pairs), "comparing images", "pairs"))
     return {pair for pair, count in zip(pairs, counts, strict=True) if count >= min_matches}
 
 

@@ -45,9 +45,9 @@ def _line_response(hat: np.ndarray, length: int) -> np.ndarray:
     J Comput 27:107): a few additions of whole pictures a direction, whatever the length.
     """
     margin = length // 2 + 3
-    wide = cv2.copyMakeBorder(hat, margin, margin, margin, margin, cv2.BORDER_REFLECT_101).astype(np.float32)
-    wide = cv2.sepFilter2D(wide, cv2.CV_16U, _WIDTH, _WIDTH)  # in quarters of a level
-    wide = wide if length <= 64 else wide.astype(np.uint32)  # so that no sum overflows
+    framed = cv2.copyMakeBorder(hat, margin, margin, margin, margin, cv2.BORDER_REFLECT_101).astype(np.float32)
+    smooth = cv2.sepFilter2D(framed, cv2.CV_16U, _WIDTH, _WIDTH)  # in quarters of a level
+    wide = smooth.astype(np.uint16 if length <= 64 else np.uint32)  # so that no sum overflows
     best, total = np.zeros(hat.shape, np.float32), np.zeros(hat.shape, np.float32)
     for down, right, num_points in _lines(length):
         along = _line_mean(wide, (down, right), num_points, margin)

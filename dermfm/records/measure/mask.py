@@ -139,7 +139,7 @@ def best_piece(distance: np.ndarray, valid: np.ndarray, shares: Sequence[float])
     shown = valid.astype(np.uint8)
     best, best_score = np.zeros_like(shown), 0.0
     for level in levels:
-        piece, perimeter = central_piece(cv2.compare(distance, level, cv2.CMP_GT) & shown)
+        piece, perimeter = central_piece((distance > level).astype(np.uint8) & shown)
         score = piece_score(piece, perimeter, distance, shown)
         if score > best_score:
             best, best_score = piece, score
@@ -274,7 +274,7 @@ def central_piece(mask: np.ndarray) -> tuple[np.ndarray, float]:
         return np.zeros_like(mask), 0.0
     scores = np.bincount(labels.ravel(), weights=centre_weight(mask.shape).ravel(), minlength=count)
     scores[0] = 0
-    piece = cv2.compare(labels, int(scores.argmax()), cv2.CMP_EQ)
+    piece = (labels == int(scores.argmax())).astype(np.uint8)
     outlines, _ = cv2.findContours(piece, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
     whole = np.zeros_like(piece)
     cv2.drawContours(whole, outlines, -1, 1, cv2.FILLED)
@@ -302,7 +302,7 @@ def _best_centrality(shape: tuple[int, ...], num_pixels: int) -> float:
 def outermost(valid: np.ndarray) -> np.ndarray:
     """The outermost pixels of a uint8 mask of 0 and 1."""
     inner = cv2.erode(valid, _disc(3, cv2.MORPH_RECT), borderType=cv2.BORDER_CONSTANT, borderValue=0)
-    return valid & ~inner
+    return valid & np.bitwise_not(inner.astype(np.uint8))
 
 
 def _grown(mask: np.ndarray, share: float) -> np.ndarray:
