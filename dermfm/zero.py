@@ -105,9 +105,6 @@ def _zero_section(config: ZeroConfig, num_learning: int, num_parameters: int, de
         bucket = config.bucket_elements or memory.bucket_elements(num_learning)
         overlap = config.stage >= 2 and on_gpu if config.overlap is None else config.overlap
         zero |= {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket, "overlap_comm": overlap}
-    if config.stage == 1 and not on_gpu:
-        # Gradients are reduced as they lie: within one machine's memory, copies cost more than the bytes they save.
-        zero["contiguous_gradients"] = False
     if config.stage == 3:
         live = memory.live_elements(num_parameters)
         # DeepSpeed's own defaults (a billion) keep most models gathered throughout, as if nothing were sharded.
