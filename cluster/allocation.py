@@ -113,6 +113,11 @@ class RayNode:
             self._log = Path(log.name)
             self._process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
 
+    @property
+    def pid(self) -> int:
+        """The process that all of Ray on this node descends from."""
+        return self._process.pid
+
     def has_ended(self) -> bool:
         """Whether Ray on this node is gone."""
         return self._process.poll() is not None
@@ -188,8 +193,12 @@ def _head_host() -> str:
 
 
 def _port() -> int:
-    """Ray's port follows the job, so that two jobs on a node do not meet; the bell has the next one."""
-    return 40000 + 2 * (int(_environment("SLURM_JOB_ID")) % 10000)
+    """Ray's port follows the job, so that two jobs on a node do not meet; the bell has the next one.
+
+    Below 32768, where Linux begins to take the ports of outgoing connections, and not among those of Ray's workers
+    (10002 to 19999) or of training (20000 to 25999).
+    """
+    return 26000 + 2 * (int(_environment("SLURM_JOB_ID")) % 3380)
 
 
 def _environment(name: str) -> str:
