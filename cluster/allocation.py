@@ -23,7 +23,7 @@ from cluster.process import first_host
 from cluster.ray import RayError, join
 
 ADDRESS = "slurm"
-JOIN_S = 180.0  # how long nodes may take to join before the work starts without them
+JOIN_S = 300.0  # how long nodes may take to join before the work starts without them
 END_S = 20.0  # how long Ray may take to end by itself
 TOKEN = "RAY_AUTH_TOKEN"
 POLL_S = 0.5
