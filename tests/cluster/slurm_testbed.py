@@ -117,17 +117,19 @@ def submit(*words: str) -> int:
     return int(re.findall(r"SLURM job (\d+)", done.stdout)[-1])
 
 
-def wait_for(what: Callable[[], Any], told: Callable[[], str] = str, every_s: float = 0.3) -> None:
-    """Until `what` holds; fails with `told()` after WAIT_S."""
-    end = time.monotonic() + WAIT_S
+def wait_for(
+    what: Callable[[], Any], told: Callable[[], str] = str, every_s: float = 0.3, longest_s: float = WAIT_S
+) -> None:
+    """Until `what` holds; fails with `told()` after a long while."""
+    end = time.monotonic() + longest_s
     while not what():
         assert time.monotonic() < end, told()
         time.sleep(every_s)
 
 
-def end(job: int) -> dict[str, str]:
+def end(job: int, longest_s: float = 2 * WAIT_S) -> dict[str, str]:
     """What SLURM says of a job once it has ended."""
-    wait_for(lambda: scheduler.job(job).get("state") in ENDED, lambda: f"{scheduler.job(job)}")
+    wait_for(lambda: scheduler.job(job).get("state") in ENDED, lambda: f"{scheduler.job(job)}", longest_s=longest_s)
     return scheduler.job(job)
 
 

@@ -34,7 +34,7 @@ from dermfm.zero import consolidated_weights
 from launch.cli import main
 
 pytest.importorskip("ray", reason="Ray is not installed")
-pytestmark = pytest.mark.timeout(2400)
+pytestmark = pytest.mark.timeout(5400)
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +137,7 @@ def test_training_sent_to_a_cluster_survives_a_killed_rank_and_a_cancel_and_ends
     head, environment, config_values, tmp_path, capsys
 ):
     address, cluster = head
+    environment = {**environment, "RAY_AUTH_MODE": "disabled"}  # as the cluster
     whole, own = tmp_path / "whole", tmp_path / "own"
     config = tmp_path / "train.yaml"
     values = {**config_values, "epochs": STEPS * 8 / 40, "checkpoint_every": 80, "validation": {"every": -1}}
@@ -153,7 +154,7 @@ def test_training_sent_to_a_cluster_survives_a_killed_rank_and_a_cancel_and_ends
         frozen = freeze_a_rank(cluster, own, job, log, starts=1)
         assert status(own)["state"] == "RUNNING"
         assert main(["status", str(own)]) == 0
-        assert "step 1" in capsys.readouterr().out
+        assert re.search(r"step \d+, epoch .* samples/s", capsys.readouterr().out)
         frozen.kill()
         frozen = freeze_a_rank(cluster, own, job, log, starts=2)
         assert status(own)["restarts"] == "1"
@@ -166,7 +167,7 @@ def test_training_sent_to_a_cluster_survives_a_killed_rank_and_a_cancel_and_ends
     followed = log.read_text()
     assert "Ray has started all of them again (start 2)" in followed
     assert "resuming step-000000" in followed
-    assert "stopped by SIGTERM at step" in followed
+    assert re.search(r"stopped by .* at step \d+; the same command continues", followed)
     assert status(own)["state"] == "STOPPED"
 
     capsys.readouterr()

@@ -18,7 +18,7 @@ from cluster import slurm as scheduler
 from dermfm.checkpoint import read_state
 from dermfm.run import take_lock
 
-pytestmark = pytest.mark.timeout(2400)
+pytestmark = pytest.mark.timeout(5400)
 
 
 def test_an_array_packs_the_shards_that_one_job_packs(shards, small_records, tmp_path):
