@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cluster.process import first_host
-from cluster.ray import RayError, join
+from cluster.ray import PATIENT, RayError, join
 
 ADDRESS = "slurm"
 JOIN_S = 300.0  # how long nodes may take to join before the work starts without them
@@ -111,7 +111,9 @@ class RayNode:
         command += [f"--num-cpus={cpus}", f"--num-gpus={gpus}", *options]
         with tempfile.NamedTemporaryFile(delete=False) as log:
             self._log = Path(log.name)
-            self._process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+            self._process = subprocess.Popen(
+                command, env={**PATIENT, **os.environ}, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
 
     @property
     def pid(self) -> int:

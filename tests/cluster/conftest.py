@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
+from cluster.ray import PATIENT
 from dermfm.records.table import SCHEMA, write_records
 
 sys.path.append(str(Path(__file__).parent))  # folders of tests are no packages: for `import slurm_testbed`
@@ -25,6 +27,8 @@ assert _spec.loader is not None
 _world = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_world)
 
+for _name, _value in PATIENT.items():  # also for clusters that a test starts by Ray's own means
+    os.environ.setdefault(_name, _value)
 config_values, environment = _world.config_values, _world.environment
 shard_folder, text_tower = _world.shard_folder, _world.text_tower
 
