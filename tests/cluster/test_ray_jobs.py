@@ -133,6 +133,7 @@ def test_a_job_that_is_stopped_counts_as_resumable(server, tmp_path):
 STEPS = 60
 
 
+@pytest.mark.soak
 def test_training_sent_to_a_cluster_survives_a_killed_rank_and_a_cancel_and_ends_with_the_same_weights(
     head, environment, config_values, tmp_path, capsys
 ):
@@ -199,9 +200,9 @@ def freeze_a_rank(cluster: int, run: Path, job: subprocess.Popen[bytes], log: Pa
     told, found = run / "log" / "rank0.log", []
     while True:
         assert job.poll() is None, log.read_text()
-        if len(found) != 2 or not all(process.is_running() for process in found):
-            found = ranks_below(cluster)
         trains = told.is_file() and told.read_text().count("started in") >= starts
+        if trains and (len(found) != 2 or not all(process.is_running() for process in found)):
+            found = ranks_below(cluster)
         if trains and (run / "ckpt" / "latest").is_file() and len(found) == 2:
             found[1].suspend()
             return found[1]

@@ -152,7 +152,6 @@ def weights(run: Path) -> dict[str, np.ndarray]:
     return {k: v.detach().numpy() for k, v in consolidated_weights(run / "ckpt", name).items()}
 
 
-@pytest.mark.soak  # through a job server, in test_ray_jobs.py, it is in every run of the tests
 def test_a_rank_that_is_killed_costs_a_restart_and_changes_no_weight(command, environment, tmp_path):
     whole, own = tmp_path / "whole", tmp_path / "own"
     alone = subprocess.run(
