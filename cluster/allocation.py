@@ -20,10 +20,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cluster.process import first_host
-from cluster.ray import RayError, join
+from cluster.ray import PATIENT, RayError, join
 
 ADDRESS = "slurm"
-JOIN_S = 180.0  # how long nodes may take to join before the work starts without them
+JOIN_S = 300.0  # how long nodes may take to join before the work starts without them
 END_S = 20.0  # how long Ray may take to end by itself
 TOKEN = "RAY_AUTH_TOKEN"
 POLL_S = 0.5
@@ -111,7 +111,14 @@ class RayNode:
         command += [f"--num-cpus={cpus}", f"--num-gpus={gpus}", *options]
         with tempfile.NamedTemporaryFile(delete=False) as log:
             self._log = Path(log.name)
-            self._process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+            self._process = subprocess.Popen(
+                command, env={**PATIENT, **os.environ}, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    @property
+    def pid(self) -> int:
+        """The process that all of Ray on this node descends from."""
+        return self._process.pid
 
     def has_ended(self) -> bool:
         """Whether Ray on this node is gone."""
@@ -188,8 +195,12 @@ def _head_host() -> str:
 
 
 def _port() -> int:
-    """Ray's port follows the job, so that two jobs on a node do not meet; the bell has the next one."""
-    return 40000 + 2 * (int(_environment("SLURM_JOB_ID")) % 10000)
+    """Ray's port follows the job, so that two jobs on a node do not meet; the bell has the next one.
+
+    Below 32768, where Linux begins to take the ports of outgoing connections, and not among those of Ray's workers
+    (10002 to 19999) or of training (20000 to 25999).
+    """
+    return 26000 + 2 * (int(_environment("SLURM_JOB_ID")) % 3380)
 
 
 def _environment(name: str) -> str:

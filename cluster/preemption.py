@@ -20,6 +20,12 @@ class StopFlag:
             signal.signal(number, self._set)
         return self
 
+    @classmethod
+    def of_process(cls) -> StopFlag:
+        """The flag that this process's signals set already, or a new one that they set from now on."""
+        own = getattr(signal.getsignal(signal.SIGUSR1), "__self__", None)
+        return own if isinstance(own, cls) else cls().install()
+
     def ask(self, name: str) -> None:
         """Set the flag from another thread of this process; `name` tells who asked."""
         self.signal_name = name

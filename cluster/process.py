@@ -82,7 +82,7 @@ def from_environment(device: str = "auto") -> Process:
         local_rank = _number("SLURM_LOCALID", 0)
         local_world = _number("SLURM_NTASKS_PER_NODE", max(world // _number("SLURM_STEP_NUM_NODES", 1), 1))
         env.setdefault("MASTER_ADDR", first_host(env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", ""))))
-        env.setdefault("MASTER_PORT", str(20000 + _number("SLURM_JOB_ID", 0) % 20000))
+        env.setdefault("MASTER_PORT", str(20000 + _number("SLURM_JOB_ID", 0) % 6000))
     else:
         rank, world, local_rank, local_world = 0, 1, 0, 1
     if world > 1:

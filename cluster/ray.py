@@ -18,6 +18,16 @@ LOCAL_ENVIRONMENT = {
     "RAY_AUTH_MODE": "disabled",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
 }
+# How long Ray's parts may take to start. Its own 10 to 60 s are too few where Python's packages come over a network, or
+# the machine is busy.
+PATIENT = {
+    "RAY_gcs_server_port_wait_time_s": "300",
+    "RAY_raylet_start_wait_time_s": "300",
+    "RAY_worker_register_timeout_seconds": "300",
+    "RAY_agent_register_timeout_ms": "300000",
+    "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "600",
+}
+STARTS = 3  # of an own cluster, which a busy machine may fail
 
 
 class RayError(RuntimeError):
@@ -71,11 +81,34 @@ def _knock(address: str) -> None:
 
 
 def _start_local(num_cpus: int | None) -> str:
+    """Start an own cluster; its temporary folder."""
+    wanted = {**{name: os.environ.get(name, value) for name, value in PATIENT.items()}, **LOCAL_ENVIRONMENT}
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        for start in range(1, STARTS + 1):
+            folder = tempfile.mkdtemp(prefix="dermfm-ray-", dir="/tmp" if os.path.isdir("/tmp") else None)
+            try:
+                _init_local(num_cpus, folder)
+                return folder
+            except Exception as error:  # Ray's own: no common type
+                shutil.rmtree(folder, ignore_errors=True)
+                if start == STARTS:
+                    told = (str(error).splitlines() or [type(error).__name__])[0]
+                    raise RayError(f"Ray does not start on this machine: {told}") from error
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+    raise AssertionError("unreachable")
+
+
+def _init_local(num_cpus: int | None, folder: str) -> None:
+    """`folder` is short: it holds sockets. What has been started is ended where the rest fails."""
     import ray
 
-    before = {name: os.environ.get(name) for name in LOCAL_ENVIRONMENT}
-    os.environ.update(LOCAL_ENVIRONMENT)
-    folder = tempfile.mkdtemp(prefix="dermfm-ray-", dir="/tmp" if os.path.isdir("/tmp") else None)  # sockets: short
     try:
         ray.init(
             address="local",
@@ -86,10 +119,6 @@ def _start_local(num_cpus: int | None) -> str:
             logging_level=logging.ERROR,
             _temp_dir=folder,
         )
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-    return folder
+    except BaseException:
+        ray.shutdown()
+        raise

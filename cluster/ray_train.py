@@ -64,12 +64,12 @@ class Board:
         self._said: list[tuple[str, str]] = []
         self._stop: str | None = None
         self._code: int | None = None
-        self._starts = 0
+        self._worlds: list[int] = []
 
-    def begin(self, is_first: bool) -> tuple[int, int | None]:
-        """A rank starts: (how often the ranks have been started, the run's exit code where that is settled)."""
-        self._starts += is_first
-        return self._starts, self._code
+    def begin(self, is_first: bool, world: int) -> int | None:
+        """A rank of `world` starts; the run's exit code where that is settled."""
+        self._worlds += [world] * is_first
+        return self._code
 
     def exchange(self, said: Sequence[tuple[str, str]]) -> str | None:
         """Put up what a rank has printed, (stream, text); the name of the signal by which the run is to stop."""
@@ -85,10 +85,10 @@ class Board:
         """The driver was told to stop by this signal."""
         self._stop = name
 
-    def take(self) -> tuple[list[tuple[str, str]], int | None, int]:
-        """For the driver: what was printed since the last call, the exit code where it is settled, and the starts."""
+    def take(self) -> tuple[list[tuple[str, str]], int | None, list[int]]:
+        """For the driver: what was printed since the last call, the settled exit code, and the ranks of each start."""
         said, self._said = self._said, []
-        return said, self._code, self._starts
+        return said, self._code, self._worlds
 
 
 def run_on_ray(main: Main, ranks: Ranks, storage: Path) -> int:
@@ -116,7 +116,7 @@ def run_on_ray(main: Main, ranks: Ranks, storage: Path) -> int:
             shutil.rmtree(storage, ignore_errors=True)
     if code is not None:
         return code
-    _tell_end(ended, ray.get(board.take.remote())[2])
+    _tell_end(ended, len(ray.get(board.take.remote())[2]))
     return FAILED
 
 
@@ -184,16 +184,20 @@ def _follow(board: Any, fit: threading.Thread) -> int | None:
     starts, since = 1, None
     while True:
         alive = fit.is_alive()
-        said, code, now = ray.get(board.take.remote())
+        said, code, worlds = ray.get(board.take.remote())
         for stream, text in said:
             print(text, end="", file=sys.stderr if stream == "stderr" else sys.stdout, flush=True)
-        if now > starts and code is None:
-            print(f"a rank was lost; Ray has started all of them again (start {now})", flush=True)
-            starts = now
+        if len(worlds) > starts and code is None:
+            starts = len(worlds)
+            print(f"{_why_again(*worlds[-2:])}; Ray has started all of them again (start {starts})", flush=True)
         since = since or (time.monotonic() if code is not None else None)
         if not alive or (since is not None and time.monotonic() - since > END_S):
             return code
         fit.join(POLL_S)
+
+
+def _why_again(before: int, now: int) -> str:
+    return "a rank was lost" if now == before else f"there is room for {now} ranks now, there was for {before}"
 
 
 def _tell_end(ended: Sequence[BaseException | None], starts: int) -> None:
@@ -253,8 +257,7 @@ def _rank(job: dict[str, Any]) -> None:
 
     board = job["board"]
     process = from_environment("cuda" if os.environ.get("CUDA_VISIBLE_DEVICES") else "cpu")
-    _, settled = ray.get(board.begin.remote(process.is_first))
-    if settled is not None:
+    if ray.get(board.begin.remote(process.is_first, process.world)) is not None:
         return
     os.chdir(job["folder"])
     stop = StopFlag()

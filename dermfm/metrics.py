@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch.utils.tensorboard import SummaryWriter
 
 from dermfm.progress import duration
 
@@ -31,6 +30,8 @@ class MetricsLog:
             return
         keep_rows(run / JSONL, start_step)
         self._file = (run / JSONL).open("a")
+        from torch.utils.tensorboard import SummaryWriter  # `dermfm status` reads rows without waiting for torch
+
         self._board = SummaryWriter(str(run / "tb"), purge_step=start_step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:

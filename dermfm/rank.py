@@ -11,13 +11,13 @@ from pathlib import Path
 from cluster.preemption import StopFlag
 from cluster.process import Process, close_group, default_threads, meet, start_group
 from cluster.watchdog import Watch
-from dermfm.border import RunError, is_bad_input
+from dermfm.border import RunError, agree, is_bad_input
 from dermfm.plan import TrainConfig
 from dermfm.resume import resume_source
 from dermfm.run import take_lock
 from dermfm.speed import Laps
 
-FAILED, BAD_INPUT = 1, 2
+FAILED, BAD_INPUT, RESUMABLE = 1, 2, 75
 _log = logging.getLogger(__name__)
 
 
@@ -34,7 +34,7 @@ def run_rank(
     signals set. `verdict(code)` hears of an end that no new start would change: bad input, or agreed by all ranks.
     """
     laps = Laps()
-    stop = StopFlag().install() if stop is None else stop
+    stop = StopFlag.of_process() if stop is None else stop
     watch = Watch(process, meet(process, "watch"), log_of(config, process), config.stall_s, config.stall_end_s)
     try:
         laps.lap("meeting")
@@ -63,6 +63,9 @@ def _train(config: TrainConfig, process: Process, stop: StopFlag, watch: Watch, 
         laps.lap("resume")
         start_group(process)
         laps.lap("group")
+        if agree(bool(stop), writing=False).stop:  # nothing is new: no model is built to be stopped at its first step
+            _log.info("stopped before the first step; the same command continues")
+            return RESUMABLE
         return train(config, process, source, stop, watch, laps)
 
 

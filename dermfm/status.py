@@ -16,8 +16,8 @@ from rich.text import Text
 from cluster import ray_job, slurm
 from dermfm import metrics
 from dermfm.config import REQUIRED, InputError, key, read_yaml
+from dermfm.journal import JOURNAL, journal
 from dermfm.progress import duration
-from dermfm.submission import JOURNAL, journal
 
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "SUCCEEDED", "STOPPED", "ended")
 BAD = ("FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
@@ -50,13 +50,25 @@ def show(config: StatusConfig) -> None:
     for entry in entries:
         if entry["state"] in BAD:
             console.print(
-                Text(f"{entry['job']} did not end well ({entry['state']}); read {entry['log'] or entry['id']}")
+                Text(f"{entry['job']} did not end well ({entry['state']}); read {entry['log'] or _ray_log(entry)}")
             )
     if (log := _newest_log(folder, entries)) and config.lines:
-        console.print(Text(f"── {log}"))
-        console.print(Text("\n".join(log.read_text(errors="replace").splitlines()[-config.lines :])))
+        _print_end(console, str(log), log.read_text(errors="replace"), config.lines)
+    for entry in entries:  # a Ray job's log is with its job server
+        if config.lines and entry.get("tail") and (not log or entry["state"] in BAD):
+            _print_end(console, f"{entry['job']} {entry['id']}", entry["tail"], config.lines)
     if not entries and not told:
         raise InputError(f"{folder}: nothing was submitted for this folder ({JOURNAL}) and no training runs in it")
+
+
+def _ray_log(entry: dict[str, Any]) -> str:
+    """The command that shows the whole log of a job that a job server keeps."""
+    return f"it: ray job logs --address {entry.get('address')} {entry['id']}"
+
+
+def _print_end(console: Console, name: str, text: str, lines: int) -> None:
+    console.print(Text(f"── {name}"))
+    console.print(Text("\n".join(text.splitlines()[-lines:])))
 
 
 def cancel(config: CancelConfig, dry_run: bool) -> None:

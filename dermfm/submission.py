@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shlex
 import shutil
 import sys
@@ -15,13 +14,13 @@ from typing import Any
 
 from cluster import slurm
 from dermfm.config import InputError, check_range, key, short_hash, to_yaml
+from dermfm.journal import note
 from dermfm.pipeline import JOBS as CHAIN_JOBS
 from dermfm.pipeline import PipelineConfig
 from shards.manifest import file_sha256, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("launch", "cluster", "dermfm", "shards", "configs", "slurm")
-JOURNAL = "jobs.jsonl"
 # `python <folder of the code>` puts that folder, and not the working directory, first on the path of modules.
 PROGRAM = "import sys\n\nfrom launch.cli import main\n\nif __name__ == '__main__':\n    sys.exit(main())\n"
 # job → the file in slurm/ that runs it. Jobs of `PLAIN` run on one node without GPUs, whatever is asked for.
@@ -205,24 +204,6 @@ def ray_command(job: str, config: Any, site: RayConfig, folder: Path, dry_run: b
     start += '; export PYTHONPATH="$code" PYTHONSAFEPATH=1'
     command = f'{start}; cd {shlex.quote(str(Path.cwd()))} && exec "$python" "$code" {run}'
     return RayCommand(command, code, dict(site.environment))
-
-
-def note(folder: Path, entry: dict[str, Any]) -> None:
-    """Add one submission to the folder's journal, jobs.jsonl."""
-    with (folder / JOURNAL).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(entry) + "\n")
-
-
-def journal(folder: Path) -> list[dict[str, Any]]:
-    """The submissions of a folder, oldest first; a broken last line (a full disk) is left out."""
-    path = folder / JOURNAL
-    entries = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            entries.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return entries
 
 
 def _options(script: Path) -> set[str]:

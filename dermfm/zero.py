@@ -7,6 +7,7 @@ import io
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from dermfm.writer import BackgroundWriter, install
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 UNIVERSAL_VERSION = 0.2  # of DeepSpeed's universal checkpoint; its converter asks for the entry at stages 1 and 2
+
+STALE_S = 1200.0  # after which a build of DeepSpeed's extension that wrote nothing counts as killed
 
 
 @dataclass(kw_only=True)
@@ -276,6 +279,19 @@ def build_extension() -> None:
     ShareMemCommBuilder().load(verbose=False)
 
 
+def _clear_stale_lock(build: Path) -> None:
+    """Take away the lock of a build that was killed: torch would wait for it for ever, without a word.
+
+    A build is alive while one of its files is younger than STALE_S.
+    """
+    try:
+        newest = max(path.stat().st_mtime for path in build.iterdir())
+        if time.time() - newest > STALE_S:
+            (build / "lock").unlink(missing_ok=True)
+    except (OSError, ValueError):
+        pass  # nothing was built here, or another rank was faster
+
+
 def _deepspeed(device: str) -> Any:
     """The package, told which accelerator to use before its first import, and told to be quiet."""
     if not device.startswith("cuda"):
@@ -284,6 +300,7 @@ def _deepspeed(device: str) -> Any:
     # Kept within this environment: in a folder of all, two environments would compile over each other's work.
     if os.access(sys.prefix, os.W_OK):
         os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(sys.prefix, "torch_extensions"))
+    _clear_stale_lock(Path(os.environ.get("TORCH_EXTENSIONS_DIR", "")) / "deepspeed_shm_comm")
     # The ninja of this environment, first: another version takes what it has built for unknown and compiles again.
     own, paths = str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath).split(os.pathsep)
     os.environ["PATH"] = os.pathsep.join([own, *(path for path in paths if path != own)])

@@ -1,6 +1,7 @@
 """End what was submitted for a folder and has not ended: `dermfm cancel runs/my`. What is finished stays.
 
-A SLURM job gets SIGTERM and has the site's KillWait for a checkpoint; `scancel --signal=USR1 <id>` stops and requeues.
+A SLURM job gets SIGTERM and has the site's KillWait for a checkpoint, a Ray job two minutes; submitted again
+it goes on from it. `scancel --signal=USR1 <id>` stops a SLURM job and requeues it.
 """
 
 from __future__ import annotations

@@ -10,7 +10,8 @@ import sys
 import threading
 from collections.abc import Sequence
 
-from cluster.process import ProcessError
+from cluster.preemption import StopFlag
+from cluster.process import ProcessError, is_launched
 from cluster.ray import RayError
 from cluster.ray_job import RayJobError
 from cluster.slurm import SlurmError
@@ -66,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv or argv[0] in ("--help", "-h", "help"):
         print(usage())
         return DONE if argv else BAD_INPUT
+    heed_stops(argv[0])
     try:
         call = parse(argv)
         job = importlib.import_module(f"launch.{call.job}")
@@ -78,7 +80,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(explain(schema, call.config, call.overrides))
             return DONE
         config = load(schema, call.config, call.overrides)
-        stop_like_ctrl_c()
         return int(job.run(config, call))
     except OSError as error:
         if error.errno not in DISK_ERRORS or not error.filename or "DERMFM_TRACEBACK" in os.environ:
@@ -162,11 +163,18 @@ def usage() -> str:
     )
 
 
-def stop_like_ctrl_c() -> None:
-    """SIGTERM and SIGUSR1 (of a scheduler) do what Ctrl-C does: what is finished stays, and the exit code is 75."""
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, signal.default_int_handler)
+def heed_stops(job: str) -> None:
+    """From the first moment SIGTERM and SIGUSR1 (of a scheduler) do what Ctrl-C does: exit code 75, what is done stays.
+
+    A rank of a training only notes them: it must meet the others before it leaves, or they would wait for it.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    if job == "train" and is_launched():
+        StopFlag.of_process()
+        return
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.default_int_handler)
 
 
 def is_first_rank() -> bool:

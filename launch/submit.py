@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from cluster import ray_job, slurm
 from dermfm import submission
 from dermfm.config import load
+from dermfm.journal import note
 from dermfm.run import check_free
 from dermfm.submission import RayConfig, SlurmConfig
 
@@ -105,7 +106,7 @@ def submit_ray(job: str, config: Any, site: RayConfig, dry_run: bool) -> int:
         print(told.command)
         return 0
     number = ray_job.submit(site.address, told.command, str(told.code), told.environment)
-    submission.note(folder, {"job": job, "scheduler": "ray", "id": number, "address": site.address})
+    note(folder, {"job": job, "scheduler": "ray", "id": number, "address": site.address})
     print(f"{job}: Ray job {number} at {site.address}; it goes on without this terminal", flush=True)
     try:
         return ray_job.follow(site.address, number)

@@ -56,11 +56,13 @@ class Nodes:
 
     def kill_actor(self, chance: random.Random) -> bool:
         """SIGKILL to one actor process of these two nodes; False where none is up."""
-        nodes = [psutil.Process(info.process.pid) for n in self._nodes() for info in n.all_processes["raylet"]]
-        found = [p for node in nodes for p in node.children(recursive=True) if _title(p).startswith("ray::_Actor")]
-        if found:
-            chance.choice(found).kill()
-        return bool(found)
+        raylets = [info.process.pid for node in self._nodes() for info in node.all_processes["raylet"]]
+        try:
+            below = [p for pid in raylets for p in psutil.Process(pid).children(recursive=True)]
+            chance.choice([p for p in below if _title(p).startswith("ray::_Actor")]).kill()
+        except (IndexError, psutil.NoSuchProcess):  # none is up, or it has ended meanwhile
+            return False
+        return True
 
     def _nodes(self) -> list[Any]:
         return [self.cluster.head_node, *self.cluster.worker_nodes]
@@ -106,9 +108,9 @@ def start(root: Path, words: list[str], log: Path) -> subprocess.Popen[bytes]:
 def advance(out: Path, process: subprocess.Popen[bytes], parts: int) -> None:
     """Wait until `parts` more parts are there, or the process has ended."""
     wanted = len(store.done_parts(out)) + parts
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 900
     while len(store.done_parts(out)) < wanted and process.poll() is None:
-        assert time.monotonic() < deadline, "no part came for 200 s"
+        assert time.monotonic() < deadline, "no part came for 900 s"
         time.sleep(0.05)
 
 
@@ -119,7 +121,7 @@ def survive(root: Path, nodes: Nodes, words: list[str], out: Path, kills: list[s
     try:
         for kind in kills:
             advance(out, process, chance.choice([0, 1, 1, 2]))
-            time.sleep(chance.random())
+            time.sleep(chance.random() / 3)  # short against a run's twelve parts: most kills meet one under way
             if process.poll() is not None:
                 break
             met += 1
@@ -132,7 +134,7 @@ def survive(root: Path, nodes: Nodes, words: list[str], out: Path, kills: list[s
             else:
                 while not nodes.kill_actor(chance) and process.poll() is None:
                     time.sleep(0.1)
-        assert process.wait(timeout=400) == 0, log.read_text()[-3000:]
+        assert process.wait(timeout=1500) == 0, log.read_text()[-3000:]
     finally:
         process.kill()
         process.wait()
@@ -147,7 +149,7 @@ def compare(root: Path, nodes: Nodes, tiny: Any, folder: Path, count: int, kills
     words += ["part_size=20", "lease=5", "engine.max_new_tokens=24"]
     calm, rough, log = folder / "calm", folder / "rough", folder / "log"
     undisturbed = start(root, [*words, f"out={calm}", "ray=never"], log)
-    assert undisturbed.wait(timeout=500) == 0, log.read_text()[-3000:]
+    assert undisturbed.wait(timeout=1500) == 0, log.read_text()[-3000:]
     more = [f"out={rough}", "ray=always", f"address={nodes.address}"]
     met = survive(root, nodes, [*words, *more], rough, kills, log)
     expected, found = store.read_notes(calm).select(TIMELESS), _all_rows(rough).select(TIMELESS)
@@ -165,13 +167,13 @@ def _all_rows(folder: Path) -> pa.Table:
     return pa.concat_tables([pq.read_table(parts[index]) for index in sorted(parts)])
 
 
-@pytest.mark.timeout(580)
+@pytest.mark.timeout(3000)
 def test_an_actor_a_node_and_the_driver_are_killed_and_no_note_is_lost_doubled_or_changed(root, nodes, tiny, tmp_path):
     assert compare(root, nodes, tiny, tmp_path, 120, ["actor", "node", "driver"]) >= 2
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(7200)
 def test_twenty_kills_during_two_thousand_notes(root, nodes, tiny, tmp_path):
     kills = [["actor", "node", "actor", "driver"][k % 4] for k in range(20)]
     met = compare(root, nodes, tiny, tmp_path, 1000, kills)

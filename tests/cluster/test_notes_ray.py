@@ -23,7 +23,7 @@ from dermfm.notes.write import NoteWriter
 from dermfm.records.table import SCHEMA, write_records
 
 pytest.importorskip("ray", reason="Ray is not installed")
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(1800)
 QUARTER = Resources(cpus=0.25)
 
 

@@ -38,7 +38,7 @@ def digests(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*.jpg")}
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(1800)
 def test_one_process_a_pool_and_ray_write_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = PreprocessConfig(enabled=True, hair=True, square="crop", size=48)
     outcomes = []

@@ -96,7 +96,6 @@ def test_a_new_run_that_is_refused_leaves_no_lock_and_nothing_that_looks_like_a_
     assert "kernel: 'flash' needs a CUDA device" in told
     left = [p.relative_to(new).as_posix() for p in new.rglob("*")]
     assert sorted(left) == ["log", "log/rank0.log"]
-    assert "'flash' needs a CUDA device" in (new / "log" / "rank0.log").read_text()
 
 
 @pytest.mark.usefixtures("as_only_rank")

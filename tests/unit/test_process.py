@@ -13,6 +13,7 @@ import torch.distributed as dist
 from cluster import process
 from cluster.preemption import StopFlag
 from cluster.process import Process, ProcessError, close_group, from_environment, is_launched, start_group
+from launch.cli import heed_stops
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -131,6 +132,20 @@ def test_a_signal_only_sets_the_flag(flag, number):
     os.kill(os.getpid(), number)
     assert flag
     assert flag.signal_name == number.name
+
+
+def test_a_stop_during_a_rank_s_imports_is_kept_for_the_border_where_all_ranks_leave_together(flag, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    heed_stops("train")
+    os.kill(os.getpid(), signal.SIGUSR1)
+    assert StopFlag.of_process().signal_name == "SIGUSR1"
+
+
+def test_a_stop_of_any_other_job_interrupts_it_from_its_first_moment(flag):
+    heed_stops("notes")
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGUSR1)
 
 
 def test_a_second_ctrl_c_interrupts_at_once(flag):

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from cluster import slurm
+from cluster import ray_job, slurm
 from cluster.process import python_command
 from dermfm import submission
 from dermfm.config import InputError, from_dict, load
@@ -209,3 +209,34 @@ def test_frozen_code_is_imported_in_a_folder_that_has_packages_of_the_same_names
         )
         assert done.returncode == 0, done.stderr
         assert "Exit codes" in done.stdout
+
+
+def test_a_machine_without_slurm_is_one_line_with_the_remedy_and_nothing_is_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert main(["submit", "slurm", "records", "layout=atlas", f"out={tmp_path / 'run' / 'r.parquet'}"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "sinfo is not on this machine's PATH; run this on a login node of the cluster, or give --dry-run" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_lost_answer_of_the_job_server_is_asked_for_again_and_a_refusal_is_not(monkeypatch):
+    monkeypatch.setattr(ray_job, "POLL_S", 0.0)
+    answers = iter([RuntimeError("Request failed with status code 500: no head node agent"), ConnectionError("reset")])
+
+    def busy() -> str:
+        error = next(answers, None)
+        if error is not None:
+            raise error
+        return "taken"
+
+    assert ray_job._patiently(busy) == "taken"
+    refused = []
+
+    def refuse() -> None:
+        refused.append(1)
+        raise RuntimeError("Request failed with status code 400: no such thing")
+
+    with pytest.raises(RuntimeError, match="400"):
+        ray_job._patiently(refuse)
+    assert len(refused) == 1

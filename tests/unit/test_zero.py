@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -26,3 +27,15 @@ def test_what_deepspeed_builds_stays_in_this_environment_unless_another_folder_i
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/elsewhere")
     zero.ready("cpu")
     assert os.environ["TORCH_EXTENSIONS_DIR"] == "/elsewhere"
+
+
+def test_the_lock_of_a_killed_build_is_taken_away_and_that_of_a_living_one_stays(tmp_path):
+    for name, age, stays in (("dead", zero.STALE_S + 60, False), ("alive", 60, True)):
+        build = tmp_path / name
+        build.mkdir()
+        for file in ("build.ninja", "lock"):
+            (build / file).touch()
+            os.utime(build / file, (time.time() - age,) * 2)
+        zero._clear_stale_lock(build)
+        assert (build / "lock").exists() == stays
+    zero._clear_stale_lock(tmp_path / "nothing was built here")

@@ -9,7 +9,7 @@ setsid nsenter --net="/var/run/netns/$N" \
     slurmd -D -N $N -f $S/slurm.conf & p=\$!; trap 'kill \$p' TERM; wait \$p; wait \$p" \
   </dev/null >"$S/log/slurmd-$N.out" 2>&1 &
 echo "slurmd-$N $!" >>"$S/pids"
-for i in $(seq 300); do
+end=$((SECONDS + 180)); while [ $SECONDS -lt $end ]; do
   [ "$(SLURM_CONF=$S/slurm.conf sinfo -h -n "$N" -o %T)" = idle ] && exit 0
   sleep .1
 done
