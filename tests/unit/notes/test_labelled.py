@@ -1,7 +1,7 @@
 """The checker judged on notes that were labelled sentence by sentence before it had run on them.
 
 Each file's first line tells how its notes came about and what the checker scored at its first look, which is the honest
-figure: it was mended on all but the last of them afterwards. labelled_notes_closed.jsonl was opened when that was done.
+figure: it was mended on them afterwards. labelled_notes_closed.jsonl was opened when that was done, and led to one rule more.
 """
 
 from __future__ import annotations
@@ -85,15 +85,15 @@ def scores(notes):
 # Below the goal of 0.9, as they are: most with five to seven labelled ones.
 FLOORS = {"unsupported: history": 0.7, "unsupported: site": 0.85, "self-contradiction": 0.85, "personal": 0.8}
 FLOORS |= {"unsupported: treatment": 0.85, "refusal": 0.85}
-# What the checker was never tuned on, as it scored at the first look.
-UNTUNED = {"contradiction": 0.85, "unsupported": 0.75, "refusal": 0.75, "unsupported: history": 0.5}
-UNTUNED |= {"unsupported: treatment": 0.85, "unsupported: appearance": 0.6}
+# The set that the checker met last, as it scored at the first look.
+MET_LAST = {"contradiction": 0.85, "unsupported": 0.75, "refusal": 0.75, "unsupported: history": 0.5}
+MET_LAST |= {"unsupported: treatment": 0.85, "unsupported: appearance": 0.6}
 ENOUGH = 5  # labelled faults of a kind from which its precision and recall mean something by themselves
 
 
 @pytest.mark.parametrize("name", SETS)
 def test_the_checker_agrees_with_the_labels_of_every_kind(name):
-    found, floors = scores(read(name)), FLOORS | (UNTUNED if name == "labelled_notes_closed.jsonl" else {})
+    found, floors = scores(read(name)), FLOORS | (MET_LAST if name == "labelled_notes_closed.jsonl" else {})
     wanting = {
         kind: told for kind, told in found.items() if told[2] >= ENOUGH and min(told[:2]) < floors.get(kind, 0.9)
     }
