@@ -1,7 +1,8 @@
 """The checker judged on notes that were labelled sentence by sentence before it had run on them.
 
 Each file's first line tells how its notes came about and what the checker scored at its first look, which is the honest
-figure: it was mended on them afterwards. labelled_notes_closed.jsonl was opened when that was done, and led to one rule more.
+figure: it was mended on them afterwards. labelled_notes_closed.jsonl was opened when that was done, and led to one rule
+more.
 """
 
 from __future__ import annotations
