@@ -254,6 +254,8 @@ def serve(side: str, sizes: Sizes) -> None:
         "uncached": lambda: decoding(sizes, False),
         "maps": lambda: maps(sizes),
     }
+    load_libraries(side)
+    libraries = memory_bytes("VmRSS")
     step = makers[side]()
     step()  # warm: kernels chosen, optimizer states there
     print("ready", flush=True)
@@ -263,15 +265,25 @@ def serve(side: str, sizes: Sizes) -> None:
         began = time.perf_counter()
         step()
         print(time.perf_counter() - began, flush=True)
-    print(peak_bytes(), flush=True)
+    print(memory_bytes("VmHWM"), libraries, flush=True)
 
 
-def peak_bytes() -> int:
-    """Peak resident memory of this process; ru_maxrss would count what the parent had before it started us."""
+def load_libraries(side: str) -> None:
+    """Import what a side's step is made of, before anything is built."""
+    if side == "open_clip":
+        import open_clip.coca_model
+        import open_clip.loss  # noqa: F401
+    else:
+        import dermfm.model.dermfm
+        import dermfm.step  # noqa: F401
+
+
+def memory_bytes(which: str) -> int:
+    """VmRSS or VmHWM (peak) of this process; ru_maxrss would count what the parent had before it started us."""
     for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
+        if line.startswith(f"{which}:"):
             return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/self/status has no VmHWM")
+    raise RuntimeError(f"/proc/self/status has no {which}")
 
 
 class Side:
@@ -291,10 +303,10 @@ class Side:
         self.seconds.append(float(self._ask("go")))
 
     def end(self) -> SimpleNamespace:
-        """Stop the process; median seconds and peak bytes."""
-        peak = int(self._ask("end"))
+        """Stop the process; median seconds, peak bytes, and those of the imported libraries alone."""
+        peak, libraries = map(int, self._ask("end").split())
         self._process.wait()
-        return SimpleNamespace(seconds=statistics.median(self.seconds), bytes=peak)
+        return SimpleNamespace(seconds=statistics.median(self.seconds), bytes=peak, libraries=libraries)
 
     def _ask(self, word: str) -> str:
         assert self._process.stdin is not None
@@ -333,6 +345,8 @@ def measure(sizes: Sizes, quick: bool) -> list[dict[str, Any]]:
     return [
         figure(f"{pair}, time", ours.seconds, other.seconds, "s", 0.85, "lower", threads),
         figure(f"{pair}, peak memory", ours.bytes / 1e9, other.bytes / 1e9, "GB", 0.8, "lower", threads),
+        figure(f"{pair}, peak memory without imported libraries", (ours.bytes - ours.libraries) / 1e9,
+               (other.bytes - other.libraries) / 1e9, "GB", None, "lower", threads),
         figure("text tower, packed / padded notes", words / text["packed"].seconds, words / text["padded"].seconds,
                "tokens/s", 1.3, "higher", threads),
         figure(f"decoding {sizes.decoded} tokens, cached / uncached", sizes.batch / notes["cached"].seconds,

@@ -1,6 +1,6 @@
 """Writing notes: our transformers engine against a plain loop of `generate`, and what Ray costs a note.
 
-    python benchmarks/notes.py [--quick] [--model=smollm2]
+    python benchmarks/notes.py [--quick] [--model=smollm2] [--only=generation|ray]
 
 Both sides of the first figure have the same model, prompts (few-shot, as `narrative` sends them), greedy decoding,
 token limit, dtype and threads; they alternate, the figure is the median of notes/s. The loop calls `model.generate` one
@@ -83,10 +83,10 @@ def plain_loop(engine: Any, requests: list[Request]) -> int:
 
 def generation(folder: Path, model: str, quick: bool) -> dict[str, Any]:
     """Notes a second of both sides."""
-    config = EngineConfig(model=model, batch_size=64)
+    config = EngineConfig(model=model, batch_size=128)
     prepare_engine(config)
     engine = build(config)
-    ours_count, loop_count, rounds = (64, 4, 1) if quick else (256, 16, 3)
+    ours_count, loop_count, rounds = (32, 2, 1) if quick else (128, 6, 2)
     requests = requests_of(folder, ours_count, config)
     engine.generate(requests[:2])  # the first call allocates
     ours, loop = [], []
@@ -128,12 +128,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few notes, one round")
     parser.add_argument("--model", default="smollm2", help="as engine.model")
+    parser.add_argument("--only", choices=("generation", "ray"), help="one of the two measurements")
     arguments = parser.parse_args()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        rows = ray_cost(folder, arguments.quick)
-        show([generation(folder, arguments.model, arguments.quick), *rows])
+        rows = ray_cost(folder, arguments.quick) if arguments.only != "generation" else []
+        show(([generation(folder, arguments.model, arguments.quick)] if arguments.only != "ray" else []) + rows)
 
 
 if __name__ == "__main__":

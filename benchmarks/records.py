@@ -4,8 +4,9 @@
 
 Both sides read the same JPEG files, decode (reduced while decoding), resize by area, encode and write, on the same
 number of cores with one thread each, in alternating rounds; the figures are medians. Start-up is not measured: both
-sides run in pools that are warm, ours within one Ray session. The other steps are listed apart, in milliseconds an
-image on one core. Memory is the growth of the largest process when four times as many images are done.
+sides are timed once their processes run, ours in the pool that a set of this size gets and as the Ray Data job of
+larger ones. The other steps are listed apart, in milliseconds an image on one core. Memory is the growth of the largest
+process when four times as many images are done.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ import simplejpeg
 from benchmarks.shared.figures import figure, show
 from cluster.ray import ray_session
 from dermfm.config import to_dict
+from dermfm.records import parts
 from dermfm.records.images import image_facts
 from dermfm.records.measure.attributes import measure
 from dermfm.records.measure.hair import remove_hair
@@ -84,11 +86,12 @@ def bare_rate(pool: ProcessPoolExecutor, paths: list[str], folder: str) -> float
     return count / (time.perf_counter() - began)
 
 
-def our_rate(paths: list[str], folder: Path) -> float:
-    """Images per second of our job in a Ray session that is already there, in steady state."""
+def our_rate(paths: list[str], folder: Path, on_ray: bool) -> float:
+    """Images per second of our job, in a pool or in a Ray session that is already there, in steady state."""
     shutil.rmtree(folder, ignore_errors=True)
     tasks = [Task(str(i), path, str(folder / "images" / f"{i}.jpg")) for i, path in enumerate(paths)]
     work = partial(prepare_part, config=to_dict(SETTINGS))
+    parts.RAY_FROM = 1 if on_ray else 10**9
     rows = run_parts(tasks, work, folder / "parts", SCHEMA, Place(CORES), "preprocessing")
     assert sum(row["error"] is None for row in rows.values()) == len(paths)
     # Steady state: from the first parts that are there to the last one; planning the Ray Data job is start-up.
@@ -96,18 +99,20 @@ def our_rate(paths: list[str], folder: Path) -> float:
     return (len(paths) - CORES * PART) / (ends[-1] - ends[CORES - 1]) * 1e9
 
 
-def throughput(paths: list[str], rounds: int) -> tuple[float, float]:
-    """(ours, bare): medians over rounds in which the sides take turns."""
-    ours, other = [], []
-    with tempfile.TemporaryDirectory() as name, ray_session(None, CORES), ProcessPoolExecutor(CORES) as pool:
+def throughput(paths: list[str], rounds: int) -> tuple[float, float, float]:
+    """(ours in a pool, ours on Ray, bare): medians over rounds in which the sides take turns."""
+    pooled, other = [], []
+    with tempfile.TemporaryDirectory() as name, ProcessPoolExecutor(CORES) as pool:
         folder = Path(name, "bare")
         folder.mkdir()
         bare_rate(pool, paths[: 8 * PART], str(folder))
-        our_rate(paths[: 16 * PART], Path(name, "ours"))
         for _ in range(rounds):
             other.append(bare_rate(pool, paths, str(folder)))
-            ours.append(our_rate(paths, Path(name, "ours")))
-    return statistics.median(ours), statistics.median(other)
+            pooled.append(our_rate(paths, Path(name, "ours"), on_ray=False))
+        with ray_session(None, CORES):
+            our_rate(paths[: 16 * PART], Path(name, "ours"), on_ray=True)
+            on_ray = [our_rate(paths, Path(name, "ours"), on_ray=True) for _ in range(rounds)]
+    return statistics.median(pooled), statistics.median(on_ray), statistics.median(other)
 
 
 def milliseconds(step: Callable[[Any], Any], inputs: Sequence[Any]) -> float:
@@ -154,12 +159,13 @@ def measure_all(quick: bool) -> list[dict[str, Any]]:
     """All figures, as rows of the benchmarks' common form."""
     paths = shared_images()
     sample = paths[:: max(1, len(paths) // (24 if quick else 120))]
-    ours, other = throughput(paths[:: 3 if quick else 1], 2 if quick else 5)
+    pooled, on_ray, other = throughput(paths[:: 3 if quick else 1], 2 if quick else 5)
     with tempfile.TemporaryDirectory() as folder:
         apart = steps(sample, folder)
     few, many = (500, 2000) if quick else (1500, 6000)
     return [
-        figure("preprocessing / bare loop", ours, other, "images/s", 0.8),
+        figure("preprocessing / bare loop", pooled, other, "images/s", 0.8),
+        figure("preprocessing as a Ray Data job / bare loop", on_ray, other, "images/s", 0.8),
         *(figure(name, taken, None, "ms/image", None, "lower") for name, taken in apart),
         figure(f"peak memory, {many} / {few} images", peak_mb(many), peak_mb(few), "MB", 1.1, "lower"),
     ]

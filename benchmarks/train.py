@@ -2,15 +2,19 @@
 
     python benchmarks/train.py [--quick]
 
-Every side runs in processes of its own with one thread a rank, each pinned to a core, in alternating rounds; figures
-are medians. `dermfm train` is the real job: shards on disk, decoding, augmentation, ZeRO stage 1, logging. The bare
-loop has the same model, world, batch and objectives (contrast and image classification), torch's DDP and AdamW, and
-batches that wait in memory.
+Every rank has one thread, pinned to a core; figures are medians over steps. `dermfm train` is the real job, with its
+agreement, guards, logging and checkpoints. The bare loops have the same model, world, batch, objectives (contrast and
+image classification), parameter groups, AdamW and clipping: one over torch's DDP, which holds all states on every rank
+as ZeRO stage 0 does, and one over DeepSpeed's engine at stage 1 with the job's own settings and nothing else, so that
+one sees which part of a difference is DeepSpeed's. DDP takes its steps in turn with the job's, in its processes, over
+the same batch, which waits in memory, and then in turn with DeepSpeed's; what reading, decoding and augmenting cost on
+the same cores is a line of its own. The other lines compare runs of the job with each other, one after another.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import io
 import json
 import os
@@ -19,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +38,10 @@ from torch import Tensor, nn
 
 from benchmarks.shared.figures import figure, show
 from cluster.process import close_group, from_environment, start_group
-from dermfm import losses
+from dermfm import losses, zero
 from dermfm.config import from_dict
 from dermfm.model.dermfm import DermFM, ModelConfig
+from dermfm.optimizer import OptimizerConfig, parameter_groups
 from dermfm.samples import Batch, tokenize
 from dermfm.simulate import blank_batch
 from shards.manifest import write_manifest
@@ -84,60 +90,164 @@ def pin() -> None:
     torch.set_num_threads(1)
 
 
+def loss_of(call: Any, batch: Batch) -> Tensor:
+    """Symmetric cross-entropy over the pairs of all ranks, and of the image classes; `call(phase, …)` is the model."""
+    image = call("image", pixels=batch.pixels)
+    text = call("text", tokens=batch.tokens, lengths=batch.lengths)
+    scale = text["logit_scale"].exp()
+    target = torch.arange(len(batch)) + dist.get_rank() * len(batch)
+    left = scale * image["embedding"] @ losses.gather(text["embedding"]).T
+    right = scale * text["embedding"] @ losses.gather(image["embedding"]).T
+    contrast = (F.cross_entropy(left, target) + F.cross_entropy(right, target)) / 2
+    return contrast + F.cross_entropy(image["logits"], batch.labels)
+
+
 class Loss(nn.Module):
-    """Model and loss in one forward, as DDP wants it; the parts that no objective reads are frozen."""
+    """Model and loss in one forward, as DDP wants it."""
 
     def __init__(self, model: DermFM) -> None:
         super().__init__()
         self.model = model
-        for part in (model.fusion, model.match_head, model.text_head, model.fused_head):
-            part.requires_grad_(False)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Symmetric cross-entropy over the pairs of all ranks, and of the image classes."""
-        image = self.model("image", pixels=batch.pixels)
-        text = self.model("text", tokens=batch.tokens, lengths=batch.lengths)
-        scale = text["logit_scale"].exp()
-        target = torch.arange(len(batch)) + dist.get_rank() * len(batch)
-        left = scale * image["embedding"] @ losses.gather(text["embedding"]).T
-        right = scale * text["embedding"] @ losses.gather(image["embedding"]).T
-        contrast = (F.cross_entropy(left, target) + F.cross_entropy(right, target)) / 2
-        return contrast + F.cross_entropy(image["logits"], batch.labels)
+        """See `loss_of`."""
+        return loss_of(self.model, batch)
+
+
+def new_model() -> DermFM:
+    """The benchmark's model; the parts that no objective reads are frozen, since DDP waits for all that learns."""
+    torch.manual_seed(0)
+    model = DermFM(from_dict(ModelConfig, MODEL, "benchmark")).train()
+    for part in (model.fusion, model.match_head, model.text_head, model.fused_head):
+        part.requires_grad_(False)
+    return model
+
+
+def waiting_batch(tokenizer: Any) -> Batch:
+    """A batch of one rank in memory: random pixels, real notes, labels in turn."""
+    batch = blank_batch(OWN, TOKENS, SIZE)
+    batch.tokens, batch.lengths = tokenize(tokenizer, [note(i) for i in range(OWN)], TOKENS)
+    batch.pixels = torch.randint(0, 256, batch.pixels.shape, dtype=torch.uint8)
+    batch.labels = torch.arange(OWN) % 8
+    batch.indices = batch.group = batch.text = torch.arange(OWN) + dist.get_rank() * OWN  # all unlike each other
+    return batch
+
+
+def ddp_step(model: DermFM, fused: bool) -> Callable[[Batch], Tensor]:
+    """One step of torch's DDP with AdamW and clipping."""
+    module = Loss(model)
+    learning = [p for p in module.parameters() if p.requires_grad]
+    config = OptimizerConfig()
+    groups = parameter_groups(model, config)
+    optimizer = torch.optim.AdamW(groups, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=fused)
+    ddp = nn.parallel.DistributedDataParallel(module)
+
+    def step(batch: Batch) -> None:
+        optimizer.zero_grad()
+        loss = ddp(batch)
+        loss.backward()
+        nn.utils.clip_grad_norm_(learning, 1.0)
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+def deepspeed_step(model: DermFM, world: int) -> Callable[[Batch], Tensor]:
+    """One step of DeepSpeed's engine with the job's settings, stage 1."""
+    config = OptimizerConfig()
+    settings = zero.deepspeed_json(
+        zero.ZeroConfig(), micro_batch=OWN, num_micro=1, world=world, device="cpu",
+        optimizer={"lr": config.lr, "betas": list(config.betas), "eps": config.eps},
+        num_learning=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        num_parameters=sum(p.numel() for p in model.parameters()),
+    )  # fmt: skip
+    engine = zero.initialize(model, parameter_groups(model, config), settings, "cpu")
+
+    def step(batch: Batch) -> None:
+        loss = loss_of(engine, batch)
+        engine.backward(loss, scale_wrt_gas=False)
+        engine.step()
+        return loss.detach()
+
+    return step
+
+
+class InTurn:
+    """Batches for `dermfm train` that run a step of each bare loop between its own: what disturbs one disturbs all.
+
+    A step of the job is all that it does between two batches, its agreement, guards and logging included.
+    """
+
+    def __init__(self, names: list[str], out: str) -> None:
+        self._names, self._out = names, Path(out)
+        self.times: dict[str, list[float]] = {name: [] for name in ("ours", *names)}
+        self.losses: dict[str, float] = {}  # of the last step
+
+    def batches(self, config: Any, model: DermFM, *rest: Any) -> Iterator[Batch]:
+        """Stands where the job's reading, decoding and augmenting do."""
+        batch, world = waiting_batch(model.tokenizer), dist.get_world_size()
+        made: dict[str, Callable[[], Callable[[Batch], Tensor]]] = {
+            "ddp": lambda: ddp_step(new_model(), False),
+            "ddp fused": lambda: ddp_step(new_model(), True),
+            "deepspeed": lambda: deepspeed_step(new_model(), world),
+        }
+        steps = {name: made[name]() for name in self._names}
+        while True:
+            for name, step in steps.items():
+                self._timed(name, lambda step=step: step(batch))
+            dist.barrier()
+            began = time.perf_counter()
+            yield batch
+            self.times["ours"].append(time.perf_counter() - began)
+
+    def _timed(self, name: str, step: Callable[[], Tensor]) -> None:
+        dist.barrier()
+        began = time.perf_counter()
+        loss = step()
+        self.times[name].append(time.perf_counter() - began)
+        self.losses[name] = loss.item()
+
+    def write(self, world: int) -> None:
+        """samples/s of all ranks by side: medians over steps but the first two, which warm up.
+
+        SystemExit where the bare loops have come to other losses: then they were not the same work.
+        """
+        if any(abs(loss / self.losses["ddp"] - 1) > 1e-3 for loss in self.losses.values()):
+            raise SystemExit(f"the loops do not compute the same: losses {self.losses}")
+        rates = {name: OWN * world / statistics.median(own[2:]) for name, own in self.times.items() if own[2:]}
+        self._out.write_text(json.dumps(rates))
+
+
+def train_rank(bare: str, out: str, arguments: list[str]) -> int:
+    """A rank of `dermfm train`, pinned. `bare`: names of the bare loops in turn with it, or `reading`: none, and the
+    job reads its own batches."""
+    import dermfm.train
+    from launch.cli import main as dermfm_main
+
+    pin()
+    if bare == "reading":
+        return dermfm_main(["train", *arguments])
+    sides = InTurn([name for name in bare.split(",") if name], out)
+    dermfm.train._batches = sides.batches
+    code = dermfm_main(["train", *arguments])
+    if os.environ["RANK"] == "0":
+        sides.write(int(os.environ["WORLD_SIZE"]))
+    return code
 
 
 def bare_rank(num_steps: int, out: str) -> None:
-    """A rank of the bare loop; the first writes samples/s of all ranks, the median over the steps, to `out`."""
+    """A rank of the bare loops alone, in turn. A second engine of DeepSpeed's would disturb the job's checkpoint."""
     pin()
     process = from_environment("cpu")
     start_group(process)
-    torch.manual_seed(0)
-    model = DermFM(from_dict(ModelConfig, MODEL, "benchmark")).train()
-    module = Loss(model)
-    learning = [p for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learning, lr=1e-4)
-    ddp = nn.parallel.DistributedDataParallel(module)
-    batch = blank_batch(OWN, TOKENS, SIZE)
-    batch.tokens, batch.lengths = tokenize(model.tokenizer, [note(i) for i in range(OWN)], TOKENS)
-    batch.pixels = torch.randint(0, 256, batch.pixels.shape, dtype=torch.uint8)
-    times = []
+    sides = InTurn(["ddp", "ddp fused", "deepspeed"], out)
+    batches = sides.batches(None, new_model())
     for _ in range(num_steps):
-        began = time.perf_counter()
-        optimizer.zero_grad()
-        ddp(batch).backward()
-        nn.utils.clip_grad_norm_(learning, 1.0)
-        optimizer.step()
-        times.append(time.perf_counter() - began)
+        next(batches)
     if process.is_first:
-        Path(out).write_text(json.dumps(OWN * process.world / statistics.median(times[1:])))
+        sides.write(process.world)
     close_group()
-
-
-def train_rank(arguments: list[str]) -> int:
-    """A rank of `dermfm train`, pinned."""
-    from launch.cli import main as dermfm
-
-    pin()
-    return dermfm(["train", *arguments])
 
 
 def run(world: int, *arguments: str) -> None:
@@ -149,51 +259,69 @@ def run(world: int, *arguments: str) -> None:
         raise SystemExit(f"{arguments[0]} failed:\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}")
 
 
-def bare(folder: Path, world: int, num_steps: int) -> float:
-    """Samples/s of the bare loop."""
+def bare(folder: Path, world: int, num_steps: int) -> dict[str, float]:
+    """samples/s of the bare loops."""
     run(world, "bare", str(num_steps), str(folder / "bare.json"))
-    return float(json.loads((folder / "bare.json").read_text()))
+    return json.loads((folder / "bare.json").read_text())
 
 
-def train(folder: Path, world: int, num_steps: int, micro: int, number: int) -> dict[str, float]:
-    """samples_per_s of `dermfm train` (median of its log lines but the first) and checkpoint_s of its last line."""
-    out = folder / f"run-{number}-{world}-{micro}"
+def train(
+    folder: Path, world: int, num_steps: int, micro: int = OWN, stage: int = 1, bare: str = ""
+) -> dict[str, float]:
+    """samples/s of `dermfm train` (`ours`) and of the bare loops named in `bare`, and `stall`: checkpoint_s of its last
+    line. `bare`: see `train_rank`."""
+    out = Path(tempfile.mkdtemp(dir=folder))
     config = {
-        "run": str(out), "shards": str(folder / "shards"), "model": MODEL, "objectives": OBJECTIVES,
+        "run": str(out / "run"), "shards": str(folder / "shards"), "model": MODEL, "objectives": OBJECTIVES,
         "contrastive_batch": OWN * world, "micro_batch": micro, "epochs": num_steps * OWN * world / NUM_SAMPLES,
-        "checkpoint_every": 10**9, "log_every": 2, "threads": 1, "device": "cpu",
+        "checkpoint_every": 10**9, "log_every": 10, "threads": 1, "device": "cpu", "zero": {"stage": stage},
     }  # fmt: skip
-    path = folder / f"{out.name}.yaml"
-    path.write_text(json.dumps(config))  # JSON is YAML
-    run(world, "train", str(path))
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    speeds = [row["samples_per_s"] for row in rows if row["step"] > 2 and "samples_per_s" in row]
-    stalls = [row["checkpoint_s"] for row in rows if "checkpoint_s" in row]
-    return {"samples_per_s": statistics.median(speeds), "checkpoint_s": max(stalls, default=0.0)}
+    (out / "train.yaml").write_text(json.dumps(config))  # JSON is YAML
+    run(world, "train", bare, str(out / "rates.json"), str(out / "train.yaml"))
+    rows = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text().splitlines()]
+    stall = max((row["checkpoint_s"] for row in rows if "checkpoint_s" in row), default=0.0)
+    if bare != "reading":
+        return {**json.loads((out / "rates.json").read_text()), "stall": stall}
+    # A log line tells the steps since the one before it; the first step, which warms up, has a line of its own.
+    steps = [row["step_s_p50"] for row in rows if row["step"] > 1]
+    return {"ours": OWN * world / statistics.median(steps), "stall": stall}
 
 
 def measure(quick: bool) -> list[dict[str, Any]]:
     """All figures, as rows of the benchmarks' common form."""
-    num_steps, rounds = (6, 1) if quick else (24, 3)
-    sides: dict[str, list[float]] = {name: [] for name in ("ours", "bare", "grad cache", "one rank", "stall")}
+    num_steps, rounds = (8, 1) if quick else (22, 2)
+    sides: dict[str, list[float]] = collections.defaultdict(list)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "shards").mkdir()
         make_shards(folder / "shards")
-        for k in range(rounds):
-            whole = train(folder, 2, num_steps, OWN, k)
-            sides["ours"].append(whole["samples_per_s"])
-            sides["stall"].append(whole["checkpoint_s"])
-            sides["bare"].append(bare(folder, 2, num_steps))
-            sides["grad cache"].append(train(folder, 2, num_steps, OWN // 4, k)["samples_per_s"])
-            sides["one rank"].append(train(folder, 1, num_steps, OWN, k)["samples_per_s"])
+        for _ in range(rounds):
+            for side, told in {
+                "stage 1": train(folder, 2, num_steps, bare="ddp"),
+                "bare": bare(folder, 2, num_steps),
+                "stage 0": train(folder, 2, num_steps, stage=0, bare="ddp"),
+                "alone": train(folder, 2, num_steps),
+                "reading": train(folder, 2, num_steps, bare="reading"),
+                "grad cache": train(folder, 2, num_steps, micro=OWN // 4),
+                "one rank": train(folder, 1, num_steps),
+            }.items():
+                for what, value in told.items():
+                    sides[f"{side}: {what}"].append(value)
     rate = {name: statistics.median(values) for name, values in sides.items()}
-    interval = EPOCH / rate["ours"]
+    ours, ddp, alone = rate["stage 1: ours"], rate["stage 1: ddp"], rate["alone: ours"]
+    # The bare loops among each other, on the scale of the one that the job was measured with.
+    deepspeed, fused = (ddp * rate[f"bare: {name}"] / rate["bare: ddp"] for name in ("deepspeed", "ddp fused"))
+    unit = "samples/s"
     return [
-        figure("train, one micro-batch / bare DDP", rate["ours"], rate["bare"], "samples/s", 0.95),
-        figure("grad cache, 4 micro-batches / one", rate["grad cache"], rate["ours"], "samples/s", 0.6),
-        figure(f"checkpoint stall / {EPOCH} samples", rate["stall"], interval, "s", 0.02, better="lower"),
-        figure("2 ranks, 2 cores / twice 1 rank, 1 core", rate["ours"], 2 * rate["one rank"], "samples/s", 0.9),
+        figure("train, stage 1, one micro-batch / bare DDP", ours, ddp, unit, 0.95),
+        figure("train, stage 0, one micro-batch / bare DDP", rate["stage 0: ours"], rate["stage 0: ddp"], unit, 0.95),
+        figure("train, stage 1 / bare DeepSpeed, stage 1", ours, deepspeed, unit, 0.95),
+        figure("bare DeepSpeed, stage 1 / bare DDP", deepspeed, ddp, unit, None),
+        figure("train, stage 1 / bare DDP, fused AdamW", ours, fused, unit, None),
+        figure("train that reads and decodes / in memory", rate["reading: ours"], alone, unit, None),
+        figure("grad cache, 4 micro-batches / one", rate["grad cache: ours"], alone, unit, 0.6),
+        figure(f"checkpoint stall / {EPOCH} samples", rate["alone: stall"], EPOCH / alone, "s", 0.02, better="lower"),
+        figure("2 ranks, 2 cores / twice 1 rank, 1 core", alone, 2 * rate["one rank: ours"], unit, 0.9),
     ]
 
 
@@ -203,7 +331,7 @@ def main() -> int:
         bare_rank(int(sys.argv[2]), sys.argv[3])
         return 0
     if sys.argv[1:2] == ["train"]:
-        return train_rank(sys.argv[2:])
+        return train_rank(sys.argv[2], sys.argv[3], sys.argv[4:])
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--quick", action="store_true", help="fewer steps and one round")
     rows = measure(parser.parse_args().quick)

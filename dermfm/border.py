@@ -6,7 +6,6 @@ all-reduce a step tells everyone, so that no rank leaves, raises or commits alon
 
 from __future__ import annotations
 
-import errno
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,10 +15,8 @@ import torch
 import torch.distributed as dist
 
 from cluster.watchdog import Unwatched
-from dermfm.config import InputError
+from dermfm.config import DISK_ERRORS, InputError
 from shards.manifest import ShardError
-
-DISK_ERRORS = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ESTALE)
 
 
 class RunError(RuntimeError):

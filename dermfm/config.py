@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+import errno
 import functools
 import hashlib
 import json
@@ -26,6 +27,11 @@ from omegaconf.errors import OmegaConfBaseException
 T = TypeVar("T")
 SHOWN_NAMES = 16  # how many valid names a message lists
 REQUIRED: Any = "???"  # OmegaConf's mark of a value that must be given
+# What a path that the user gave can cause: no such folder, no right to write, a full, read-only or lost disk.
+DISK_ERRORS = (
+    errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR,
+    errno.ESTALE,
+)  # fmt: skip
 
 
 class InputError(ValueError):

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from dermfm.batch_memory import take
 from dermfm.config import check_range, key
 
 LUMA = (0.299, 0.587, 0.114)
@@ -45,23 +46,41 @@ class AugmentConfig:
         check_range("blur_sigma", self.blur_sigma, 0, 20)
 
 
+def empty_images(count: int, size: int, augment: AugmentConfig | None = None) -> torch.Tensor:
+    """Memory for a batch of images, uint8 [count, 3, size, size], in the order in which `decode_into` is fastest."""
+    if augment is not None:
+        return take(count, 3, size, size)
+    return take(count, size, size, 3).permute(0, 3, 1, 2)  # as a JPEG decoder writes
+
+
 def decode_image(
     data: bytes, size: int, rng: np.random.Generator | None = None, augment: AugmentConfig | None = None
 ) -> np.ndarray:
-    """uint8 [3, size, size] of an encoded image; JPEGs are decoded no larger than needed.
+    """uint8 [3, size, size] of an encoded image, as `decode_into` makes it; it may have its channels last in memory."""
+    pixels = empty_images(1, size, augment)[0]
+    decode_into(pixels, data, rng, augment)
+    return pixels.numpy()
 
-    Without `augment`: the shorter side is resized to `size` and the centre square taken. With it, `rng` gives a crop,
-    flips, a turn, colours and blur. The array may be a view with channels last in memory. Raises ValueError or OSError
-    for what cannot be decoded.
+
+def decode_into(
+    pixels: torch.Tensor,
+    data: bytes,
+    rng: np.random.Generator | None = None,
+    augment: AugmentConfig | None = None,
+) -> None:
+    """Fill `pixels`, uint8 [3, S, S], with an encoded image; JPEGs are decoded no larger than needed.
+
+    Without `augment`: the shorter side is resized to S and the centre square taken. With it, `rng` gives a crop,
+    flips, a turn, colours and blur. Raises ValueError or OSError for what cannot be decoded.
     """
     draws = rng.random(_NUM_DRAWS) if augment is not None and rng is not None else None
     height, width = image_shape(data)
-    box = _centre_square(height, width) if draws is None else _random_box(height, width, augment, draws[:4])
-    pixels = _decode_box(data, height, width, box, size)
     if augment is None or draws is None:
-        return pixels.numpy()
-    pixels = _orient(pixels, augment, draws[4:7])
-    return np.ascontiguousarray(_blur_and_colour(pixels, augment, draws[7:]).numpy())
+        _decode_box(data, height, width, _centre_square(height, width), pixels)
+        return
+    plain = torch.empty(*pixels.shape[1:], 3, dtype=torch.uint8).permute(2, 0, 1)
+    _decode_box(data, height, width, _random_box(height, width, augment, draws[:4]), plain)
+    _blur_and_colour(_orient(plain, augment, draws[4:7]), augment, draws[7:], pixels)
 
 
 def image_shape(data: bytes) -> tuple[int, int]:
@@ -92,9 +111,10 @@ def _random_box(
 
 
 def _decode_box(
-    data: bytes, height: int, width: int, box: tuple[float, float, float, float], size: int
-) -> torch.Tensor:
-    """uint8 [3, size, size]: the box of the image, resized. A JPEG is decoded at the smallest scale that suffices."""
+    data: bytes, height: int, width: int, box: tuple[float, float, float, float], out: torch.Tensor
+) -> None:
+    """Fill `out` with the box of the image, resized. A JPEG is decoded at the smallest scale that suffices."""
+    size = out.shape[-1]
     top, left, bottom, right = box
     if data[:2] == b"\xff\xd8":
         min_height = min(height, math.ceil(size * height / max(bottom - top, 1)))
@@ -108,10 +128,11 @@ def _decode_box(
     down, across = array.shape[0] / height, array.shape[1] / width
     rows = slice(round(top * down), max(round(bottom * down), round(top * down) + 1))
     columns = slice(round(left * across), max(round(right * across), round(left * across) + 1))
-    pixels = torch.from_numpy(array)[None].permute(0, 3, 1, 2)[:, :, rows, columns]
-    if pixels.shape[-2:] == (size, size):
-        return pixels[0]
-    return F.interpolate(pixels, (size, size), mode="bicubic", antialias=True)[0]
+    part = torch.from_numpy(array)[None].permute(0, 3, 1, 2)[:, :, rows, columns]
+    if part.shape[-2:] == (size, size):
+        out.copy_(part[0])
+    else:  # what F.interpolate(mode="bicubic", antialias=True) calls, which has no `out`: it would cost a copy
+        torch.ops.aten._upsample_bicubic2d_aa.out(part, [size, size], False, None, None, out=out[None])
 
 
 def _orient(pixels: torch.Tensor, augment: AugmentConfig, draws: np.ndarray) -> torch.Tensor:
@@ -123,15 +144,15 @@ def _orient(pixels: torch.Tensor, augment: AugmentConfig, draws: np.ndarray) -> 
     return pixels
 
 
-def _blur_and_colour(pixels: torch.Tensor, augment: AugmentConfig, draws: np.ndarray) -> torch.Tensor:
-    """All colour changes are one affine map of RGB, so the pixels are touched once."""
+def _blur_and_colour(pixels: torch.Tensor, augment: AugmentConfig, draws: np.ndarray, out: torch.Tensor) -> None:
+    """Fill `out`. All colour changes are one affine map of RGB, so the pixels are touched once."""
     values = pixels.contiguous().float()
     if draws[0] < augment.blur and augment.blur_sigma > 0:
         values = gaussian_blur(values, 0.1 + draws[1] * max(augment.blur_sigma - 0.1, 0))
     grey = float(torch.tensor(LUMA) @ values[:, ::4, ::4].mean((1, 2)))
     matrix, offset = colour_map(augment, draws[2:9], grey)
     flat = torch.addmm(torch.from_numpy(offset)[:, None], torch.from_numpy(matrix), values.reshape(3, -1))
-    return flat.round_().clamp_(0, 255).to(torch.uint8).reshape(values.shape)
+    out.copy_(flat.round_().clamp_(0, 255).reshape(values.shape))
 
 
 def colour_map(augment: AugmentConfig, draws: np.ndarray, grey: float) -> tuple[np.ndarray, np.ndarray]:

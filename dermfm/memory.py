@@ -147,7 +147,7 @@ def communication(
 
     Gradients are reduced once a step below stage 2, and after every micro-batch from there on. Stage 3 gathers the
     parameters for every pass: forward and backward, and once more where micro-batches are passed twice (grad cache).
-    `row_bytes`: note tokens, hashes and labels of one sample.
+    `row_bytes`: of one sample, beside its features: hashes, labels, note tokens where others read them.
     """
     ring = (how.world - 1) / how.world
     gradients = trainable * how.element * (num_micro if how.stage >= 2 else 1)

@@ -12,7 +12,7 @@ from dermfm.pack_plan import ShardsConfig
 from dermfm.plan import TrainConfig
 from dermfm.records.build import RecordsConfig, build_records
 from dermfm.report.page import ReportConfig
-from dermfm.run import take_lock
+from dermfm.run import check_free
 
 JOBS = ("records", "notes", "shards", "train", "evaluate", "report")
 DATA_JOBS = ("records", "notes", "shards")
@@ -44,6 +44,6 @@ def set_aside(config: PipelineConfig) -> Path | None:
     if not (out / CHAIN).is_file() or all(read_yaml(out / CHAIN).get(job) == new[job] for job in DATA_JOBS):
         return None
     build_records(config.records, dry_run=True)
-    take_lock(out).close()
+    check_free(out)
     taken = next(n for n in range(1, 10_000) if not out.with_name(f"{out.name}-{n}").exists())
     return out.rename(out.with_name(f"{out.name}-{taken}"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -82,16 +83,25 @@ def resume_source(config: TrainConfig, process: Process, watch: Unwatched) -> So
 
 def _decide(config: TrainConfig, process: Process) -> dict[str, Any] | None:
     prepare(config)
-    check_kernels(config, process.device)
-    found = choose(config)
-    source = None
-    if found is not None:
-        check_same_run(config, found)
-        source = checkpoint.source_for(found, process.world, config.zero.stage)
+    try:
+        source = _source(config, process)
+    except InputError:
+        with contextlib.suppress(OSError):  # a run that never began leaves no empty folder; one with content stays
+            (Path(config.run) / "ckpt").rmdir()
+        raise
     run.record(Path(config.run), config)  # only now: a refused resume leaves the run's record as it was
     if source is None:
         return None
     return {"checkpoint": str(source.checkpoint), "folder": str(source.folder), "state": asdict(source.state)}
+
+
+def _source(config: TrainConfig, process: Process) -> Source | None:
+    check_kernels(config, process.device)
+    found = choose(config)
+    if found is None:
+        return None
+    check_same_run(config, found)
+    return checkpoint.source_for(found, process.world, config.zero.stage)
 
 
 def check_same_run(config: TrainConfig, found: Path) -> None:

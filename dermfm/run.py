@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -38,18 +41,50 @@ def code_hash() -> str:
     return short_hash(code_version())
 
 
-def take_lock(folder: Path) -> IO[str]:
-    """Hold a job's output folder until the returned file is closed; InputError if a living process holds it."""
+@contextlib.contextmanager
+def take_lock(folder: Path) -> Iterator[None]:
+    """Hold a job's output folder, made where it is not there; InputError if a living process holds it.
+
+    The lock's file is gone afterwards. A killed process leaves it, but not the lock.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / "lock").open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    path = folder / "lock"
+    with _held(path, folder):
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _held(path: Path, folder: Path) -> IO[str]:
+    """The locked file at `path`. Who held it before may remove it between our opening and locking it: then again."""
+    while True:
+        file = path.open("w")
+        try:
+            _flock(file, fcntl.LOCK_EX, folder)
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        except FileNotFoundError:
+            pass
+        except InputError:
+            file.close()
+            raise
         file.close()
+
+
+def check_free(folder: Path) -> None:
+    """InputError if a living process holds a job's output folder; nothing is made."""
+    with contextlib.suppress(FileNotFoundError), (folder / "lock").open() as file:
+        _flock(file, fcntl.LOCK_SH, folder)
+
+
+def _flock(file: IO[str], kind: int, folder: Path) -> None:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except OSError as error:
         raise InputError(
             f"{folder}: another process works in this folder; wait for it, stop it, or give another one"
         ) from error
-    return file
 
 
 def check_identity(old: dict[str, Any], new: dict[str, Any], allowed: list[str], where: Path) -> None:

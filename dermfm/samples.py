@@ -21,12 +21,13 @@ import torch
 
 from dermfm.concepts import CONCEPTS, find_concepts
 from dermfm.config import InputError, nearest
-from dermfm.images import AugmentConfig, decode_image
+from dermfm.images import AugmentConfig, decode_into, empty_images
 from dermfm.notes.mix import MIXES, lacking, resolve
 from dermfm.records.vocabulary import MALIGNANCIES, SUBCLASSES
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 NO_CONCEPTS = np.zeros(len(CONCEPTS), dtype=bool)
+GREY = 128  # every pixel of a sample that is bad or padded
 PAD_MULTIPLE = 8  # token lengths are padded to a multiple: fewer distinct shapes for kernels and allocator
 
 
@@ -99,10 +100,15 @@ class SampleFn:
 
     def __call__(self, sample: dict[str, bytes], rng: np.random.Generator) -> Item:
         """Raises KeyError or ValueError for a sample without image or fields, or one that cannot be decoded."""
-        return self.prepare(sample, rng)()
+        return self.prepare(sample, rng)(self.allocate(1)[0])
 
-    def prepare(self, sample: dict[str, bytes], rng: np.random.Generator) -> Callable[[], Item]:
-        """All but the decoding, which the returned call does: what is short is done for a whole batch before."""
+    def allocate(self, count: int) -> torch.Tensor:
+        """Memory for the pixels of a batch, uint8 [count, 3, S, S]."""
+        return empty_images(count, self.image_size, self.augment)
+
+    def prepare(self, sample: dict[str, bytes], rng: np.random.Generator) -> Callable[[torch.Tensor], Item]:
+        """All but the decoding, which the returned call does, into one image of `allocate`'s memory: what is short is
+        done for a whole batch before."""
         if "json" not in sample:
             raise KeyError(f"no .json with a record's fields among its members ({', '.join(sorted(sample))})")
         fields = json.loads(sample["json"])
@@ -113,9 +119,9 @@ class SampleFn:
         finer = _place(fields.get("matched_subclass"), SUBCLASSES), _place(fields.get("malignancy"), MALIGNANCIES)
         data = image_bytes(sample)
 
-        def decode() -> Item:
-            pixels = decode_image(data, self.image_size, rng, self.augment)
-            return Item(pixels, text, -1 if label is None else int(label), group, record_id, *finer)
+        def decode(pixels: torch.Tensor) -> Item:
+            decode_into(pixels, data, rng, self.augment)
+            return Item(pixels.numpy(), text, -1 if label is None else int(label), group, record_id, *finer)
 
         return decode
 
@@ -132,8 +138,11 @@ class Collate:
     image_size: int
     concepts: bool = False
 
-    def __call__(self, items: Sequence[Item | None], indices: np.ndarray) -> Batch:
-        """None marks a bad or padded sample: grey pixels, empty text, label −1, weight 0."""
+    def __call__(self, items: Sequence[Item | None], indices: np.ndarray, pixels: torch.Tensor | None = None) -> Batch:
+        """None marks a bad or padded sample: grey pixels, empty text, label −1, weight 0.
+
+        `pixels` uint8 [B, 3, S, S]: the memory into which the items were decoded; without it, theirs are copied.
+        """
         filled = [self._placeholder() if item is None else item for item in items]
         texts = [item.text for item in filled]
         bad = np.asarray([item is None for item in items])
@@ -141,8 +150,13 @@ class Collate:
         group = np.where(bad, unique, np.asarray([item.group for item in filled], dtype=np.int64))
         text = np.where(bad, unique, np.asarray([hash63(t) for t in texts], dtype=np.int64))
         tokens, lengths = tokenize(self.tokenizer, texts, self.max_tokens)
+        if pixels is None:
+            pixels = stack_pixels([item.pixels for item in filled])
+        else:
+            for place in np.flatnonzero(bad).tolist():
+                pixels[place] = GREY
         return Batch(
-            pixels=stack_pixels([item.pixels for item in filled]),
+            pixels=pixels,
             tokens=tokens,
             lengths=lengths,
             labels=torch.tensor([item.label for item in filled], dtype=torch.int64),
@@ -157,7 +171,7 @@ class Collate:
         )
 
     def _placeholder(self) -> Item:
-        return Item(np.full((3, self.image_size, self.image_size), 128, dtype=np.uint8), "", -1, -1, "")
+        return Item(np.full((3, self.image_size, self.image_size), GREY, dtype=np.uint8), "", -1, -1, "")
 
 
 def _place(name: Any, names: Sequence[str]) -> int:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import typing
 from dataclasses import dataclass
+from typing import Any
 
 from dermfm import compute, memory, simulate
-from dermfm.config import InputError, check_range, key
+from dermfm.config import check_range, key
 from dermfm.memory import Sharding
+from dermfm.model.summary import Part
 from dermfm.plan import Plan, TrainConfig, arithmetic, check_notes, plan
 from dermfm.storage import remote
 from shards.manifest import Manifest
@@ -133,8 +136,15 @@ def need(config: TrainConfig, sizes: Sizes, how: Sharding, p: Plan, reserve: flo
 
 
 def row_bytes(config: TrainConfig) -> int:
-    """Bytes of one sample's note tokens, hashes, label and lengths, as they travel between ranks (int64)."""
+    """Bytes of one sample's note tokens, hashes, label and lengths (int64)."""
     return (config.model.text.max_tokens + 6) * 8
+
+
+def sent_bytes(config: TrainConfig) -> int:
+    """Bytes of one sample that travel between ranks beside its features: its note's tokens only where one is mined."""
+    if not config.objectives.compares:
+        return 0
+    return row_bytes(config) if config.objectives.matching else 6 * 8
 
 
 def largest_micro_batch(config: TrainConfig, sizes: Sizes, world: int, p: Plan, limit: float, reserve: float) -> int:
@@ -182,24 +192,9 @@ def steps_of(config: ScaleConfig) -> Plan:
     return plan(config, manifest, config.world)
 
 
-def memory_of(config: TrainConfig, world: int) -> str:
-    """A line with the memory per GPU by part, for `train --dry-run`; says so where the model is not on this machine."""
-    try:
-        p = plan(config, Manifest.load(config.shards, remote(config.cache)), world)
-        sizes = measure(config, world, p)
-    except InputError as error:
-        return f"memory per GPU: not known ({error})"
-    how = sharding(config, world)
-    found = need(config, sizes, how, p, reserve=0)
-    parts = {
-        f"model states ({how.formula}, Ψ = {sizes.learning / 1e6:.1f} M)": found.states.device,
-        "activations": found.activations,
-        "contrast": found.contrast,
-        "buffers": found.buffers,
-        "batch": found.batch,
-    }
-    told = ", ".join(f"{name} {size / GB:.2f}" for name, size in parts.items())
-    return (
-        f"memory per GPU with notes of {config.model.text.max_tokens} tokens: {found.peak / GB:.2f} GB and the CUDA "
-        f"context: {told} (`dermfm plan` tells more)"
-    )
+def parts_of(config: TrainConfig) -> list[Part]:
+    """Parameters, work and activations of each part of the model, without its weights."""
+    model = simulate.build(config.model, "fp32")
+    mode = typing.cast(Any, model.logit_scale).fake_mode
+    with mode, simulate.Tracker(config.model.text.max_tokens):
+        return model.summary()

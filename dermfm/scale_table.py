@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from rich.console import Console
 from rich.table import Table
 
 from dermfm import memory
-from dermfm.plan import Plan
-from dermfm.scale import GB, Need, ScaleConfig, Sizes, measure, need, remedies, row_bytes, sharding, steps_of
+from dermfm.config import InputError
+from dermfm.model.summary import print_summary
+from dermfm.plan import Plan, TrainConfig
+from dermfm.scale import GB, Need, ScaleConfig, Sizes, measure, need, parts_of, remedies, sent_bytes, sharding, steps_of
 
 TRACED, COUNTED, ASSUMED = "traced", "arithmetic", "assumed"
 
@@ -20,10 +24,30 @@ def show(config: ScaleConfig) -> None:
     found = need(config, sizes, how, p, config.reserve_gb * GB)
     console = Console(width=120)
     console.print(_model(config, sizes, p), highlight=False, markup=False)
-    console.print(_memory(config, sizes, found))
+    console.print(_memory(config, sizes, found, f"of {config.gpu_memory_gb:g}; "))
     console.print(_run(config, sizes, p))
     for line in verdict(config, sizes, found, p):
         console.print(line, highlight=False, markup=False)
+
+
+def show_run(config: TrainConfig, world: int) -> None:
+    """Print for `train --dry-run` what a run on `world` ranks is made of: its model, and all of the plan but a verdict.
+
+    Where the note encoder is not on this machine, a line says so instead.
+    """
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(TrainConfig)}
+    planned = ScaleConfig(**values, nodes=world, gpus=1, reserve_gb=0.0)
+    try:
+        p = steps_of(planned)
+        print_summary(parts_of(config))
+        sizes = measure(planned, world, p)
+    except InputError as error:
+        print(f"memory per GPU: not known ({error})")
+        return
+    found = need(planned, sizes, sharding(planned, world), p, reserve=0.0)
+    console = Console(width=120)
+    console.print(_memory(planned, sizes, found, "and the CUDA context; "))
+    console.print(_run(planned, sizes, p))
 
 
 def _model(config: ScaleConfig, sizes: Sizes, p: Plan) -> str:
@@ -57,7 +81,7 @@ def memory_rows(config: ScaleConfig, sizes: Sizes, found: Need) -> list[tuple[st
     return rows + ([("host memory", states.host, COUNTED, "offloaded, a rank")] if states.host else [])
 
 
-def _memory(config: ScaleConfig, sizes: Sizes, found: Need) -> Table:
+def _memory(config: ScaleConfig, sizes: Sizes, found: Need, limit: str) -> Table:
     how = sharding(config, config.world)
     table = Table(title=f"Memory per GPU: ZeRO stage {how.stage}, {how.precision}: {how.formula}")
     table.add_column("part")
@@ -65,10 +89,12 @@ def _memory(config: ScaleConfig, sizes: Sizes, found: Need) -> Table:
     table.add_column("known by")
     table.add_column("what it is")
     for part, size, source, what in memory_rows(config, sizes, found):
+        if part == "reserve" and not size:
+            continue
         table.add_row(part, f"{size / GB:.2f}", source, what)
     table.add_section()
     together = "with the contrast" if found.together else "activations or contrast, whichever is more"
-    table.add_row("peak on the GPU", f"{found.peak / GB:.2f}", "", f"of {config.gpu_memory_gb:g}; {together}")
+    table.add_row("peak on the GPU", f"{found.peak / GB:.2f}", "", f"{limit}{together}")
     return table
 
 
@@ -95,7 +121,7 @@ def run_rows(config: ScaleConfig, sizes: Sizes, p: Plan) -> list[tuple[str, str,
         p.num_micro,
         config.contrastive_batch,
         config.model.embed_dim,
-        row_bytes(config) if config.objectives.uses_text else 0,
+        sent_bytes(config),
     )
     for name, count in sent.items():
         rows.append((f"sent: {name}", f"{count / GB:.3f} GB", "a rank and step"))

@@ -39,7 +39,7 @@ def optimizer_step(engine: Any, batch: Batch, micro_batch: int, objectives: Obje
     cached = Cached()
     sums: dict[str, Tensor] = {}
     if objectives.compares:
-        everyone = _everyone(batch)
+        everyone = _everyone(batch, with_tokens=bool(objectives.matching))
         with torch.set_grad_enabled(bool(kept)):
             features = _features(kept or _passes(engine, batch, micro_batch, objectives))
         _contrast(features, everyone, objectives, cached, sums)
@@ -81,7 +81,7 @@ class Everyone:
     labels: Tensor
     indices: Tensor
     valid: Tensor  # float: the sample is good and has a note
-    tokens: Tensor  # [B, T]
+    tokens: Tensor  # [B, T]; T = 0 where nobody asks for others' notes
     lengths: Tensor
     start: int  # this rank's first row
 
@@ -174,10 +174,12 @@ def _per_sample(p: Pass, cached: Cached, counts: dict[str, Tensor], sums: dict[s
     return total
 
 
-def _everyone(batch: Batch) -> Everyone:
-    widest = torch.tensor(batch.tokens.shape[1], device=batch.tokens.device)
-    dist.all_reduce(widest, dist.ReduceOp.MAX)
-    tokens = F.pad(batch.tokens, (0, int(widest) - batch.tokens.shape[1]))
+def _everyone(batch: Batch, with_tokens: bool) -> Everyone:
+    tokens = batch.tokens[:, :0]
+    if with_tokens:
+        widest = torch.tensor(batch.tokens.shape[1], device=batch.tokens.device)
+        dist.all_reduce(widest, dist.ReduceOp.MAX)
+        tokens = F.pad(batch.tokens, (0, int(widest) - batch.tokens.shape[1]))
     columns = torch.stack(
         [batch.group, batch.text, batch.labels, batch.indices, (noted(batch) > 0).long(), batch.lengths], 1
     )

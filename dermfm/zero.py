@@ -84,7 +84,8 @@ def deepspeed_json(
         "fp16": {"enabled": config.precision == "fp16"},
         "zero_optimization": zero,
         "checkpoint": {"load_universal": load_universal},
-        # The fused CUDA kernel needs a build on first use; torch's own AdamW is fused on CUDA as well.
+        # DeepSpeed's own kernels need a build on first use. Torch's runs over all tensors at once on CUDA; on a CPU a
+        # rank has one flat tensor a group, where its fused form gains nothing.
         "optimizer": {"type": "AdamW", "params": {**optimizer, "torch_adam": True}},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -104,6 +105,9 @@ def _zero_section(config: ZeroConfig, num_learning: int, num_parameters: int, de
         bucket = config.bucket_elements or memory.bucket_elements(num_learning)
         overlap = config.stage >= 2 and on_gpu if config.overlap is None else config.overlap
         zero |= {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket, "overlap_comm": overlap}
+    if config.stage == 1 and not on_gpu:
+        # Gradients are reduced as they lie: within one machine's memory, copies cost more than the bytes they save.
+        zero["contiguous_gradients"] = False
     if config.stage == 3:
         live = memory.live_elements(num_parameters)
         # DeepSpeed's own defaults (a billion) keep most models gathered throughout, as if nothing were sharded.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import importlib
 import os
 import signal
@@ -15,14 +14,10 @@ from cluster.process import ProcessError
 from cluster.ray import RayError
 from cluster.ray_job import RayJobError
 from cluster.slurm import SlurmError
-from dermfm.config import InputError, explain, load, nearest
+from dermfm.config import DISK_ERRORS, InputError, explain, load, nearest
 from shards.manifest import ShardError
 
 DONE, FAILED, BAD_INPUT, RESUMABLE = 0, 1, 2, 75
-# What a path that the user gave can cause: no such folder, no right to write, a full or read-only disk.
-DISK_ERRORS = (
-    errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR,
-)  # fmt: skip
 
 # job → (summary, verbs). Each job is the module launch.<job> with `schema(call)` and `run(config, call) -> int`.
 JOBS: dict[str, tuple[str, tuple[str, ...]]] = {

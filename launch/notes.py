@@ -62,7 +62,7 @@ def run(config: NotesConfig, call: Any) -> int:
     if call.report:
         from dermfm.report.synthesis import write_notes_page
 
-        print(f"page: {write_notes_page(config, table, Path(config.out) / 'report.html')}")
+        print(f"page: {write_notes_page(config, table, Path(config.out) / 'report.html', tell=print)}")
     return 0
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from cluster import ray_job, slurm
 from dermfm import submission
 from dermfm.config import load
-from dermfm.run import take_lock
+from dermfm.run import check_free
 from dermfm.submission import RayConfig, SlurmConfig
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def check(job: str, config: Any, world: int) -> None:
     if hasattr(module, "check"):
         module.check(config, world)
     if job == "train":
-        take_lock(Path(config.run)).close()
+        check_free(Path(config.run))
 
 
 def submit_ray(job: str, config: Any, site: RayConfig, dry_run: bool) -> int:

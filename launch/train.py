@@ -16,8 +16,8 @@ from dermfm.on_ray import train_on_ray
 from dermfm.plan import TrainConfig, describe
 from dermfm.rank import run_rank
 from dermfm.resume import is_done
-from dermfm.run import take_lock
-from dermfm.scale import memory_of
+from dermfm.run import check_free
+from dermfm.scale_table import show_run
 
 
 def schema(_: object) -> type:
@@ -37,7 +37,8 @@ def run(config: TrainConfig, call: object) -> int:
     alone = config.ray.most or default_ranks(config.ranks, config.device)
     world = from_environment(config.device).world if launched else alone
     if getattr(call, "dry_run", False):
-        print(describe(config, world), memory_of(config, world), sep="\n")
+        print(describe(config, world))
+        show_run(config, world)
         return 0
     if launched:
         return run_rank(config, from_environment(config.device))
@@ -45,7 +46,7 @@ def run(config: TrainConfig, call: object) -> int:
     if is_done(config, world):
         print(f"{config.run}: done, nothing to train; a larger epochs= continues")
         return 0
-    take_lock(Path(config.run)).close()
+    check_free(Path(config.run))
     if config.ray.most:
         return train_on_ray(config)
     return run_ranks([*python_command("launch.cli"), *sys.argv[1:]], world)

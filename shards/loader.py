@@ -24,9 +24,10 @@ from shards.order import SampleOrder, rank_indices
 from shards.reader import ShardReader
 from shards.storage import StorageError
 
-# (sample, rng) → item; one that also has `prepare(sample, rng)`, returning a call for the item, works in two steps
+# (sample, rng) → item; one that also has `prepare(sample, rng)`, returning a call for the item, works in two steps; one
+# that has `allocate(count)`, too, gives memory of a batch: each call gets its row of it, the collate gets it whole
 SampleFunction = Callable[[dict[str, bytes], np.random.Generator], Any]
-CollateFunction = Callable[[list[Any], np.ndarray], Any]
+CollateFunction = Callable[..., Any]  # (items, stream indices[, memory]) → batch
 BAD_SAMPLE = (OSError, ValueError, UnidentifiedImageError, KeyError)
 BAD_GRACE = 1000  # samples over which the bad fraction is at least measured: one bad one in a first batch stops nothing
 
@@ -165,7 +166,7 @@ def _make(
     other, decoding would leave the processor's caches cold for the rest, which then takes several times as long."""
     prepare = getattr(source.sample_fn, "prepare", None) or functools.partial(functools.partial, source.sample_fn)
     places = list(zip(shards.tolist(), rows.tolist(), strict=True))
-    works: list[Callable[[], Any] | Exception] = []
+    works: list[Callable[..., Any] | Exception] = []
     for (shard, row), index, read in zip(places, indices.tolist(), source.reader.reads(places), strict=True):
         try:
             works.append(prepare(read(), sample_rng(seed, index)))
@@ -173,19 +174,21 @@ def _make(
             return _Made(None, len(rows), 0, "", f"{error}; asked for row {row} of {source.reader.shards[shard].name}")
         except BAD_SAMPLE as error:
             works.append(error)
+    allocate = getattr(source.sample_fn, "allocate", None)
+    memory = (allocate(max(len(works), pad_to)),) if allocate is not None else ()
     items: list[Any] = []
     num_bad, last_bad = 0, ""
     for (shard, row), work in zip(places, works, strict=True):
         try:
             if isinstance(work, Exception):
                 raise work
-            items.append(work())
+            items.append(work(*(whole[len(items)] for whole in memory)))
         except BAD_SAMPLE as error:
             items.append(None)
             num_bad, last_bad = num_bad + 1, _describe(source.reader, shard, row, error)
     padding = max(0, pad_to - len(items))
     indices = np.concatenate([indices, np.repeat(indices[-1:], padding)])
-    batch = source.collate_fn(items + [None] * padding, indices)
+    batch = source.collate_fn(items + [None] * padding, indices, *memory)
     return _Made(batch, len(rows), num_bad, last_bad)
 
 

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import random
 import time
+import types
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -162,7 +163,7 @@ class Storage:
             scheme = self.folder.partition("://")[0]
             try:
                 self._fs = fsspec.filesystem(scheme, skip_instance_cache=True, **_options(scheme, self.remote))
-                self._fs.retries = 1  # s3fs would multiply ours by five
+                _without_retries(self._fs)
             except ImportError as error:
                 remedy = PACKAGES.get("http" if scheme == "https" else scheme, f"install what fsspec needs ({error})")
                 raise StorageError(f"{self.folder}: no package here reads {scheme}://; {remedy}") from error
@@ -185,10 +186,22 @@ def _options(scheme: str, remote: Remote) -> dict[str, Any]:
     return {}
 
 
+def _without_retries(fs: Any) -> None:
+    """Only our own attempts count: s3fs would multiply them by five, gcsfs by six, with half a minute of pauses."""
+    fs.retries = 1
+    once = getattr(getattr(type(fs), "_request", None), "__wrapped__", None)
+    if "gs" in fs.protocol and once is not None:
+        fs._request = types.MethodType(once, fs)
+
+
 def _status(error: BaseException) -> int | None:
     """The HTTP status that an error tells of, itself or by its cause."""
     for one in (error, error.__cause__):
+        if isinstance(one, OSError) and str(one).startswith("Forbidden: "):
+            return 403  # all that gcsfs says of it
         status = getattr(one, "status", None)
+        if status is None and type(one).__module__.startswith("gcsfs."):
+            status = getattr(one, "code", None)  # aiohttp has a `code`, too: 400 for an answer that was cut
         if status is None:
             status = (getattr(one, "response", None) or {}).get("ResponseMetadata", {}).get("HTTPStatusCode")
         if isinstance(status, int):

@@ -5,6 +5,7 @@ Random weights say what an engine guarantees whatever the model: an answer that 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ SPECIAL = ["<|im_start|>", "<|im_end|>", "<image>"]
 WORDS = ["sym", "metric", "asym", "red", "brown", "black", " the", " lesion", '{"', '": ', '", "', '"]', " is", " be"]
 
 
-def make_tokenizer() -> Any:
-    """Byte-level BPE: all bytes, a few merged words, chat marks."""
+def make_tokenizer(more: Sequence[str] = ()) -> Any:
+    """Byte-level BPE: all bytes, a few merged words, chat marks and `more` special tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -40,7 +41,7 @@ def make_tokenizer() -> Any:
     tokenizer = Tokenizer(models.BPE(vocabulary, list(dict.fromkeys(merges))))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, additional_special_tokens=SPECIAL)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, additional_special_tokens=[*SPECIAL, *more])
     fast.add_special_tokens({"eos_token": "<|im_end|>", "pad_token": "<|im_end|>"})
     fast.chat_template = CHAT
     return fast
@@ -106,4 +107,38 @@ def write_tiny_vlm(folder: Path) -> Path:
         images, tokenizer, patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1,
         chat_template=CHAT,
     ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def write_tiny_tiling_vlm(folder: Path) -> Path:
+    """An image-text-to-text model that cuts large images into tiles (Idefics3, as SmolVLM is): images of unequal size
+    have unequally many tokens."""
+    import torch
+    from transformers import Idefics3Config, Idefics3ForConditionalGeneration, Idefics3ImageProcessor, Idefics3Processor
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    tiles = [f"<row_{r}_col_{c}>" for r in range(1, 5) for c in range(1, 5)]
+    tokenizer = make_tokenizer(["<fake_token_around_image>", "<global-img>", "<end_of_utterance>", *tiles])
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    torch.manual_seed(13)
+    vision = {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32,
+        "patch_size": 8, "initializer_range": 0.3,
+    }  # fmt: skip
+    text = {
+        "model_type": "llama", "vocab_size": len(tokenizer), "num_attention_heads": 4, "num_key_value_heads": 2,
+        "initializer_range": 0.35, "bos_token_id": None, "eos_token_id": end, "pad_token_id": end, **SHAPE,
+    }  # fmt: skip
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    config = Idefics3Config(vision_config=vision, text_config=text, image_token_id=image, scale_factor=2)
+    model = Idefics3ForConditionalGeneration(config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "connector" in name:
+                weight.normal_(0, 0.5)
+    model.generation_config.eos_token_id = model.generation_config.pad_token_id = end
+    model.save_pretrained(folder)
+    images = Idefics3ImageProcessor(size={"longest_edge": 96}, max_image_size={"longest_edge": 32})
+    Idefics3Processor(images, tokenizer, image_seq_len=4, chat_template=CHAT).save_pretrained(folder)
     return folder

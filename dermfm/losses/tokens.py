@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-CHUNK_ELEMENTS = 2**23  # logits in memory at a time: 32 MB in float32
+CHUNK_ELEMENTS = 2**21  # logits in memory at a time: 8 MB in float32, while all activations are there too
 
 
 class _FusedLinearCrossEntropy(torch.autograd.Function):
@@ -16,9 +17,12 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, words: Tensor, targets: Tensor, chunk: int) -> Tensor:  # type: ignore[override]
         wide = torch.promote_types(hidden.dtype, torch.float32)
+        ctx.dtype = words.dtype
+        # Narrowed in here, so that the gradient of the words is made once, in their own type.
+        words = words.to(hidden.dtype)
         learns_hidden, learns_words = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if learns_hidden else None
-        grad_words = torch.zeros_like(words, dtype=wide) if learns_words else None
+        grad_words = torch.zeros(words.shape, dtype=wide, device=words.device) if learns_words else None
         total = torch.zeros((), dtype=wide, device=hidden.device)
         for start in range(0, len(hidden), chunk):
             rows, aims = hidden[start : start + chunk], targets[start : start + chunk, None]
@@ -33,16 +37,19 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
                 grad_hidden[start : start + chunk] = slope.to(words.dtype) @ words
             if grad_words is not None:
                 grad_words.addmm_(slope.T, rows.to(wide))
-        ctx.save_for_backward(grad_hidden, grad_words)
-        ctx.dtype = words.dtype
+        ctx.gradients = grad_hidden, grad_words
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
-        hidden, words = ctx.saved_tensors
+        # Scaled in place: a copy of the words' gradient would be among the largest tensors of a step, at its peak.
+        if ctx.gradients is None:
+            raise RuntimeError("token_cross_entropy: its gradients were given out; a second backward needs a new pass")
+        (hidden, words), ctx.gradients = ctx.gradients, None
         return (
-            None if hidden is None else hidden * gradient.to(hidden.dtype),
-            None if words is None else (words * gradient).to(ctx.dtype),
+            None if hidden is None else hidden.mul_(gradient.to(hidden.dtype)),
+            None if words is None else words.mul_(gradient).to(ctx.dtype),
             None,
             None,
         )
@@ -51,8 +58,7 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
 def token_cross_entropy(hidden: Tensor, words: Tensor, targets: Tensor, chunk_elements: int = CHUNK_ELEMENTS) -> Tensor:
     """Σ over tokens of the cross-entropy of logits hidden · wordsᵀ with targets; a scalar, at least float32.
 
-    hidden [N, D], words [V, D] (output embeddings), targets int64 [N]. At most `chunk_elements` logits exist at a time.
+    hidden [N, D], words [V, D] (output embeddings, which may be wider, as under autocast), targets int64 [N]. At most
+    `chunk_elements` logits exist at a time.
     """
-    if hidden.dtype != words.dtype:  # under autocast the states may be narrower than the embeddings
-        words = words.to(hidden.dtype)
     return _FusedLinearCrossEntropy.apply(hidden, words, targets, max(1, chunk_elements // len(words)))

@@ -115,6 +115,11 @@ def pack(x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Packing]:
     return repack(x, rows), rows
 
 
+def is_fake(x: Tensor) -> bool:
+    """Whether a tensor has a shape but no values, so that lengths cannot be read and nothing can be packed."""
+    return x.is_meta or isinstance(x, torch._subclasses.FakeTensor)
+
+
 def repack(x: Tensor, rows: Packing) -> Tensor:
     """Another padded tensor [B, T, …] packed like one that was packed before."""
     return x.flatten(0, 1) if rows.where is None else x.flatten(0, 1)[rows.where]

@@ -36,8 +36,11 @@ def torchvision_names() -> list[str]:
     return [n for n in torchvision.models.list_models(module=torchvision.models) if _family(n) is not None]
 
 
-def build_body(name: str, size: int, weights: str | None) -> Any:
-    """The backbone without its classifier, with `weights` (see ImageConfig). InputError where it cannot be had."""
+def build_body(name: str, size: int, weights: str | None, stride: int | None = None) -> Any:
+    """The backbone without its classifier, with `weights` (see ImageConfig). InputError where it cannot be had.
+
+    `stride`: only as deep as its feature map has one cell every `stride` pixels; the deeper stages are left out.
+    """
     check_name(name)
     from_hub = weights in ("timm", "torchvision")
     sharding = SHARDING.get()
@@ -52,17 +55,22 @@ def build_body(name: str, size: int, weights: str | None) -> Any:
         ) from error
     if weights and not from_hub:
         load_weights(body.net if isinstance(body, TorchvisionBody) else body, weights, "image.weights")
-    return body
+    return body if stride is None else _cut(body, name, stride)
 
 
-def token_shape(name: str, size: int) -> torch.Size:
+def token_shape(name: str, size: int, stride: int | None = None) -> torch.Size:
     """Shape of the features of one image, [1, C, H, W] or [1, N, D], found without memory or work where possible."""
+
+    def look() -> Any:
+        body = _construct(name, size, False).eval()
+        return features(body if stride is None else _cut(body, name, stride), torch.zeros(1, 3, size, size))
+
     try:
         with torch.device("meta"):
-            found = features(_construct(name, size, False).eval(), torch.zeros(1, 3, size, size))
+            found = look()
     except (NotImplementedError, RuntimeError):  # a constructor that computes with tensors (torchvision's RegNet)
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            found = features(_construct(name, size, False).eval(), torch.zeros(1, 3, size, size))
+            found = look()
     if not isinstance(found, Tensor) or found.dim() not in (3, 4):
         raise InputError(f"image.name: '{name}' gives no grid of tokens; choose a ViT, ConvNeXt, DenseNet, …")
     return found.shape
@@ -70,10 +78,28 @@ def token_shape(name: str, size: int) -> torch.Size:
 
 def features(body: Any, x: Tensor) -> Tensor:
     """Feature map [B, C, H, W] or tokens [B, N, D], channels first in both layouts of timm's CNNs."""
+    if (level := getattr(body, "token_level", None)) is not None:
+        return body.forward_intermediates(
+            x, indices=[level], stop_early=True, output_fmt="NCHW", intermediates_only=True
+        )[0]
     found = body.forward_features(x)
     if isinstance(found, Tensor) and found.dim() == 4 and getattr(body, "output_fmt", "NCHW") == "NHWC":
         found = found.permute(0, 3, 1, 2)
     return found
+
+
+def _cut(body: Any, name: str, stride: int) -> Any:
+    """The body without the stages behind the last one whose cells lie `stride` pixels apart."""
+    stages = getattr(body, "feature_info", None) if hasattr(body, "prune_intermediate_layers") else None
+    steps = [int(stage["reduction"]) for stage in stages or []]
+    if len(set(steps)) < 2:  # one grid from the first block to the last
+        raise InputError(f"image.stride: '{name}' has no stages to stop at; leave it out or take a CNN of timm's")
+    if stride not in steps:
+        known = ", ".join(map(str, sorted(set(steps))))
+        raise InputError(f"image.stride: {stride} is not valid; the stages of '{name}' have {known}")
+    body.token_level = len(steps) - 1 - steps[::-1].index(stride)
+    body.prune_intermediate_layers([body.token_level], prune_norm=True, prune_head=True)
+    return body
 
 
 def block_of_parameter(body: Any) -> dict[str, int]:

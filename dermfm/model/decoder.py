@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from dermfm.config import check_choice, check_range, key
 from dermfm.losses.tokens import token_cross_entropy
-from dermfm.model.attention import KERNELS
-from dermfm.model.fusion import Attention, mlp
+from dermfm.model.attention import KERNELS, Packing, is_fake, pack, repack
+from dermfm.model.fusion import Attention
+from dermfm.model.mlp import mlp
 
 
 @dataclass(kw_only=True)
@@ -63,8 +64,21 @@ class DecoderBlock(nn.Module):
         self.cross_attention = Attention(width, config.heads, config.kernel)
         self.mlp = mlp(width, config.mlp_ratio)
 
-    def forward(self, x: Tensor, image: Tensor | None, lengths: Tensor | None, memory: Memory | None = None) -> Tensor:
-        """x [B, T, D] over image [B, P, D]; with a `memory`, x follows the tokens that it holds."""
+    def forward(
+        self,
+        x: Tensor,
+        image: Tensor | None,
+        lengths: Tensor | None,
+        memory: Memory | None = None,
+        packed: tuple[Packing, Packing] | None = None,
+    ) -> Tensor:
+        """x [B, T, D] over image [B, P, D]; with a `memory`, x follows the tokens that it holds.
+
+        `packed`: how notes and images lie end to end; then x is [N, D] and the image [B · P, D].
+        """
+        if packed is not None:
+            assert image is not None
+            return self._packed(x, image, *packed)
         own = self.norm_self(x)
         keys, values = self.self_attention.memory(own)
         if memory is not None:
@@ -75,6 +89,13 @@ class DecoderBlock(nn.Module):
             seen = self.cross_attention.memory(image)
         x = x + self.self_attention.look(own, keys, values, lengths, lengths)
         x = x + self.cross_attention.look(self.norm_cross(x), *seen, lengths)
+        return x + self.mlp(self.norm_mlp(x))
+
+    def _packed(self, x: Tensor, image: Tensor, rows: Packing, image_rows: Packing) -> Tensor:
+        own = self.norm_self(x)
+        x = x + self.self_attention.look_packed(own, *self.self_attention.memory(own), rows, rows)
+        seen = self.cross_attention.memory(image)
+        x = x + self.cross_attention.look_packed(self.norm_cross(x), *seen, rows, image_rows)
         return x + self.mlp(self.norm_mlp(x))
 
 
@@ -101,10 +122,24 @@ class Decoder(nn.Module):
 
         image_tokens [B, P, Di], tokens int64 [B, T], lengths int64 [B], weight [B] (notes with 0 do not count).
         """
-        hidden = self.states(self.image_in(image_tokens), tokens[:, :-1], lengths - 1)
-        places = torch.arange(hidden.shape[1], device=tokens.device)[None]
-        counts = (places < lengths[:, None] - 1) & (weight[:, None] > 0)
-        return token_cross_entropy(hidden[counts], self.words, tokens[:, 1:][counts]), counts.sum()
+        image, read, aims = self.image_in(image_tokens), tokens[:, :-1], tokens[:, 1:]
+        counted = torch.where(weight > 0, lengths - 1, 0)  # a note that does not count is not read either
+        counts = torch.arange(read.shape[1], device=tokens.device)[None] < counted[:, None]
+        if is_fake(tokens):
+            hidden = self.states(image, read, lengths - 1)[counts]
+        else:
+            hidden = self._packed_states(image, read, counted)
+        return token_cross_entropy(hidden, self.words, aims[counts]), counts.sum()
+
+    def _packed_states(self, image: Tensor, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """As `states`, of the valid tokens alone [N, D], note by note: what is padded costs nothing."""
+        ids, rows = pack(tokens, lengths)
+        places = repack(torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens), rows)
+        x = F.embedding(ids, self.words) + F.embedding(places, self.places)
+        flat, image_rows = pack(image, None)
+        for block in self.blocks:
+            x = block(x, flat, None, packed=(rows, image_rows))
+        return self.norm(x)
 
     def states(self, image: Tensor, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Last hidden states [B, T, D] of tokens [B, T] over image tokens [B, P, D] in the decoder's width."""

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from dermfm.config import check_choice, check_range, key
-from dermfm.model.attention import KERNELS, attention, attention_with_weights
+from dermfm.model.attention import KERNELS, Packing, attention, attention_packed, attention_with_weights
+from dermfm.model.mlp import mlp
 
 KINDS = ("cross", "early", "late", "none")
 
@@ -71,14 +72,13 @@ class Attention(nn.Module):
         mixed = attention(q, k, v, lengths_q=lengths_q, lengths_k=lengths_k, causal=causal, kernel=self.kernel)
         return self.out(mixed.flatten(2))
 
+    def look_packed(self, x: Tensor, k: Tensor, v: Tensor, rows_q: Packing, rows_k: Packing) -> Tensor:
+        """As `look` for rows that lie end to end: x [N, D] over k, v [M, H, D / H] → [N, D]."""
+        q = self._heads(self.query(x))
+        return self.out(attention_packed(q, k, v, rows_q, rows_k, causal=self.causal, kernel=self.kernel).flatten(1))
+
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1))
-
-
-def mlp(width: int, ratio: float) -> nn.Sequential:
-    """The two-layer perceptron of a block."""
-    hidden = int(width * ratio)
-    return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
 
 
 class FusionBlock(nn.Module):
@@ -139,13 +139,20 @@ class Fusion(_FusionInputs):
         self, image: Tensor, text: Tensor, lengths: Tensor, return_weights: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """Returns (fused [B, T, width], weights [B, H, T, P] float32 averaged over blocks, or None)."""
+        fused, maps = self.with_maps(image, text, lengths, return_weights)
+        return fused, torch.stack(maps).mean(0) if maps else None
+
+    def with_maps(
+        self, image: Tensor, text: Tensor, lengths: Tensor, return_weights: bool = True
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The same with the weights of every block by itself, in order; [] where they are not asked for."""
         image, x = self.image_in(image), self.text_in(text)
         maps: list[Tensor] = []
         for block in self.blocks:
             x, found = block(x, image, lengths, return_weights)
             if found is not None:
                 maps.append(found)
-        return self.norm(x), torch.stack(maps).mean(0) if maps else None
+        return self.norm(x), maps
 
 
 class EarlyFusion(_FusionInputs):
@@ -161,6 +168,13 @@ class EarlyFusion(_FusionInputs):
         self, image: Tensor, text: Tensor, lengths: Tensor, return_weights: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """As `Fusion`; the weights are those from note to image tokens."""
+        fused, maps = self.with_maps(image, text, lengths, return_weights)
+        return fused, torch.stack(maps).mean(0) if maps else None
+
+    def with_maps(
+        self, image: Tensor, text: Tensor, lengths: Tensor, return_weights: bool = True
+    ) -> tuple[Tensor, list[Tensor]]:
+        """As `Fusion.with_maps`."""
         size = image.shape[1]  # image tokens come first: all are valid, so padding stays behind
         x = torch.cat([self.image_in(image) + self.modality[0], self.text_in(text) + self.modality[1]], 1)
         maps: list[Tensor] = []
@@ -168,7 +182,7 @@ class EarlyFusion(_FusionInputs):
             x, found = block(x, lengths + size, return_weights)
             if found is not None:
                 maps.append(found[:, :, size:, :size])
-        return self.norm(x)[:, size:], torch.stack(maps).mean(0) if maps else None
+        return self.norm(x)[:, size:], maps
 
 
 class LateFusion(_FusionInputs):

@@ -18,6 +18,7 @@ from dermfm.model.bodies import (
     token_shape,
     use_fused_attention,
 )
+from dermfm.model.mlp import use_lean_mlps
 from dermfm.model.pooling import AttentionPool
 
 __all__ = ["ImageConfig", "ImageTower", "check_name"]
@@ -35,6 +36,9 @@ class ImageConfig:
         "their own from the hub, or null (random)",
     )
     size: int = key(224, "pixels of the square input image; position embeddings are interpolated to it")
+    stride: int | None = key(
+        None, "pixels between neighbouring tokens of a CNN: 8 or 16 for finer maps, its deeper stages are then left out"
+    )
     pool: str = key("auto", "auto (cls where the tower has one, else mean), cls, mean, or attention (learned query)")
     train_blocks: int = key(-1, "how many of the last blocks learn: -1 all, 0 none (frozen tower)")
     mean: list[float] = key([], "RGB mean in [0, 1] subtracted from pixels; empty: the model's own")
@@ -64,13 +68,14 @@ class ImageTower(nn.Module):
     def __init__(self, config: ImageConfig) -> None:
         super().__init__()
         self.size, self.kernel = config.size, config.kernel
-        self.body = build_body(config.name, config.size, config.weights)
+        self.body = build_body(config.name, config.size, config.weights, config.stride)
         use_fused_attention(self.body, config.kernel != "reference")
+        use_lean_mlps(self.body)
         defaults = self.body.pretrained_cfg
         mean, std = config.mean or defaults["mean"], config.std or defaults["std"]
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1) * 255, persistent=False)
-        shape = token_shape(config.name, config.size)
+        shape = token_shape(config.name, config.size, config.stride)
         self.prefix = 0 if len(shape) == 4 else int(getattr(self.body, "num_prefix_tokens", 0))
         self.width: int = shape[1] if len(shape) == 4 else shape[2]
         side = round((shape[1] - self.prefix) ** 0.5) if len(shape) == 3 else 0

@@ -97,13 +97,13 @@ def _runs(model: DermFM) -> dict[str, Callable[[], Any]]:
 
 def _measure(run: Callable[[], Any], model: DermFM) -> tuple[int, int]:
     """(FLOPs, bytes that autograd keeps) of one pass."""
-    given = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
+    given = {p.untyped_storage()._cdata for p in [*model.parameters(), *model.buffers()]}
     kept: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in given:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in given:  # by the storage itself: a model without data has no addresses
+            kept[storage._cdata] = storage.nbytes()
         return tensor
 
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)

@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModel, AutoTokenize
 from transformers.utils import logging as transformers_logging
 
 from dermfm.config import InputError, check_choice, check_range, key
-from dermfm.model.attention import KERNELS, Packing, attention, attention_packed, pack, unpack
+from dermfm.model.attention import KERNELS, Packing, attention, attention_packed, is_fake, pack, unpack
 from dermfm.model.pooling import AttentionPool
 from dermfm.model.weights import PACKAGE, SHARDING, package_folder
 
@@ -102,7 +102,7 @@ class TextTower(nn.Module):
 
     def _encode(self, tokens: Tensor, lengths: Tensor, valid: Tensor) -> Tensor:
         """States [B, T, D]; where rows are packed, padding costs nothing and comes out as zero."""
-        if self.first_position is None or _is_fake(tokens):
+        if self.first_position is None or is_fake(tokens):
             return self.body(input_ids=tokens, attention_mask=valid.long()).last_hidden_state
         ids, rows = pack(tokens, lengths)
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)[valid] + self.first_position
@@ -161,11 +161,6 @@ def _packed_attention(
 
 
 AttentionInterface.register(PACKED, _packed_attention)
-
-
-def _is_fake(tokens: Tensor) -> bool:
-    """Whether a tensor has a shape but no values, so that lengths cannot be read."""
-    return tokens.is_meta or isinstance(tokens, torch._subclasses.FakeTensor)
 
 
 class NoteStates:

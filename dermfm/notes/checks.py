@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dermfm.notes import claims as said
-from dermfm.notes.claims import WORD, normalise, sentences, states_phrase, without
+from dermfm.notes.claims import WORD, normalise, phrases_of, sentences, states_phrase, without
 from dermfm.notes.facts import APPEARANCE, Facts, split_words, terms
 from dermfm.notes.invented import personal_details, unsupported
 from dermfm.records.vocabulary import CLASS_CODES
@@ -35,6 +35,15 @@ KINDS = (
     "missing", "contradiction", "self-contradiction", "unsupported",
 )  # fmt: skip
 OPPOSITE = {"symmetric": "asymmetric", "asymmetric": "symmetric"}
+NO_UNIT = r"(?! ?(?:[x×%-]|\.\d|[cm]m\b|millim|centim|days?\b|weeks?\b|months?\b))\b"  # behind a number that is an age
+AGES = (
+    re.compile(r"\b(\d{1,3})[- ]years?[- ]?olds?\b"),
+    re.compile(r"\b(\d{1,3}) years of age\b"),
+    re.compile(r"\baged?:? (?:of |is |was )?(\d{1,3})\b"),
+    re.compile(rf"\b(?:man|woman|male|female|boy|girl|lady|gentleman)(?:,? of|,| \(|, aged?)? (\d{{1,3}}){NO_UNIT}"),
+    re.compile(rf"\b(?:he|she|patient) (?:is|was) (\d{{1,3}}){NO_UNIT}"),
+)  # each with the number
+HEADING = re.compile(r"\bmalignancy(?: status)?(?::| is| was)(?= (?:benign|pre|malignant))")  # it claims nothing itself
 
 
 @dataclass(frozen=True)
@@ -77,6 +86,7 @@ def examine(text: str, facts: Facts, rules: Rules = Rules()) -> list[Fault]:
         plain = normalise(sentence)
         is_talk = bool(person or said.found_words(plain, "refusals"))  # its odd words are names or the talk itself
         found = [("contradiction", about, term) for about, term in _contradicted(plain, facts)]
+        found = [f for f in found if not (is_talk and f[2].startswith("not "))]  # "I can't diagnose a nevus"
         wrong = {word for _, _, term in found for word in WORD.findall(term)}
         more = unsupported(plain, facts, rules.sees, is_talk)
         found += [fault for fault in more if fault[1] != "other" or fault[2] not in wrong]
@@ -95,7 +105,7 @@ def states(clean: str, name: str, facts: Facts) -> bool:
         )
         return re.search(rf"\b{stem}", clean) is not None
     if name == "age":
-        return re.search(rf"\b{value}[- ]year|\bage(?:d)?:? (?:of |is |was )?{value}\b", clean) is not None
+        return value in ages(clean) or re.search(rf"\b{value}[- ]year", clean) is not None
     if name == "sex":
         return any(c.group == value for c in said.claims(clean, "sex_names"))
     if name == "malignancy":
@@ -142,6 +152,9 @@ def _contradicted(clean: str, facts: Facts) -> Iterator[tuple[str, str]]:
     for number in ages(clean) if "age" in facts else ():
         if number != facts["age"]:
             yield "age", number
+    for word in said.found_words(clean, "age_words") if "age" in facts else ():
+        if int(facts["age"]) not in said.age_band(word):
+            yield "age", word
     if "site" in facts:
         for match in said.places_pattern().finditer(said.without_idle(clean)):
             if said.site_fault(match[0], facts["site"].lower()) == "contradiction" and not _is_idle(clean, match):
@@ -152,7 +165,9 @@ def _contradicted(clean: str, facts: Facts) -> Iterator[tuple[str, str]]:
             yield "image", found[0]
     for name in ("asymmetry", "border"):
         if name in facts:
-            yield from ((name, term) for group, term in _shape_claims(clean, facts, name) if group != facts[name])
+            for group, term in _shape_claims(clean, facts, name):
+                if group == f"not {facts[name]}" or (group != facts[name] and not group.startswith("not ")):
+                    yield name, term
     for word in split_words(facts.get("structures", "")):
         for claim in said.claims(clean, "structure_names"):
             if claim.group == word and claim.negated:
@@ -172,6 +187,10 @@ def _against_diagnosis(clean: str, given: str) -> Iterator[str]:
             yield f"not {claim.term}"
         elif claim.group != code and not claim.negated and not claim.aside and claim.term not in given:
             yield claim.term
+    blank = without(clean, [*phrases_of("class_names"), given])
+    for match in re.finditer(rf"(?<![\w-])(?:{'|'.join(terms()['other_diagnoses'])})\b", blank):
+        if not (said.is_negated(clean, match.start()) or said.is_aside(clean, match.start())) and match[0] not in given:
+            yield match[0]
     for one, other in (("in situ", "invasive"), ("invasive", "in situ")):
         if one in given and other not in given and states_phrase(clean, other):
             yield other
@@ -193,7 +212,9 @@ def class_of(diagnosis: str) -> str | None:
 
 def _malignancy_claims(clean: str, facts: Facts) -> list[said.Claim]:
     """Claims about this lesion's malignancy outside diagnosis and findings, whose own words claim nothing."""
-    blank = without(clean, [*said.names_of(facts), "basal cell cancer", "squamous cell cancer"])
+    idle = [*terms()["idle_phrases"], "basal cell cancer", "squamous cell cancer"]
+    blank = without(clean, [*said.names_of(facts), *idle])
+    blank = HEADING.sub(lambda m: "_" * len(m[0]), blank)
     blank = re.sub(
         r"\b(?:benign|malignant|indeterminate) (?:\w+ ){0,3}proliferations?", lambda m: "_" * len(m[0]), blank
     )
@@ -201,21 +222,22 @@ def _malignancy_claims(clean: str, facts: Facts) -> list[said.Claim]:
 
 
 def _shape_claims(clean: str, facts: Facts, name: str) -> list[tuple[str, str]]:
-    """(word of the options, term) of what is claimed about `name` (asymmetry, border); a negation turns symmetry."""
+    """(word of the options, term) of what is claimed about `name` (asymmetry, border); a negation turns symmetry, and
+    makes "not sharp" of a sharp border."""
     found = []
     for claim in said.claims(without(clean, said.names_of(facts)), f"{name}_names"):
         if name == "asymmetry" and claim.negated:
             found.append((OPPOSITE[claim.group], f"not {claim.term}"))
-        elif not claim.negated:
+        elif claim.negated:
+            found.append((f"not {claim.group}", f"not {claim.term}"))
+        else:
             found.append((claim.group, claim.term))
     return found
 
 
 def ages(clean: str) -> list[str]:
     """The numbers that are said as somebody's age."""
-    old = re.findall(r"\b(\d{1,3})[- ]years?[- ]?olds?\b|\b(\d{1,3}) years of age\b", clean)
-    aged = re.findall(r"\baged?:? (?:of |is |was )?(\d{1,3})\b", clean)
-    return [a or b for a, b in old] + aged
+    return [number for pattern in AGES for number in pattern.findall(clean)]
 
 
 def _own_contradictions(clean: str, facts: Facts) -> Iterator[str]:
@@ -225,16 +247,19 @@ def _own_contradictions(clean: str, facts: Facts) -> Iterator[str]:
     denied = {c.group for part in parts for c in _malignancy_claims(part, facts) if c.negated}
     if len(held) > 1 or held & denied:
         yield "malignancy"
-    classes = {c.group for s in sentences(clean) for c in said.claims(s, "class_names") if not (c.negated or c.aside)}
+    named = [c for s in sentences(clean) for c in said.claims(s, "class_names") if not c.aside]
+    classes = {c.group for c in named if not c.negated}
     mixed = {c.group for c in said.claims(facts.get("diagnosis", "").lower(), "class_names")}
-    if len(classes) > 1 and not classes <= mixed:
+    if (len(classes) > 1 and not classes <= mixed) or classes & {c.group for c in named if c.negated}:
         yield "diagnosis"
     if len({c.group for part in parts for c in said.claims(part, "sex_names")}) > 1:
         yield "sex"
     if len(set(ages(clean))) > 1:
         yield "age"
     for name in ("asymmetry", "border"):
-        if len({group for part in parts for group, _ in _shape_claims(part, facts, name)}) > 1:
+        told = {group for part in parts for group, _ in _shape_claims(part, facts, name)}
+        plain = {group for group in told if not group.startswith("not ")}
+        if len(plain) > 1 or any(f"not {group}" in told for group in plain):
             yield name
 
 

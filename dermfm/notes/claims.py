@@ -13,6 +13,31 @@ NEGATION_REACH = 6  # words between a negation and what it negates, within one c
 HEARSAY_REACH = 8  # words between "such as", "history of" and the like and what they keep from being a claim
 WORD = re.compile(r"[a-z0-9]+(?:['.-][a-z0-9]+)*")
 CLAUSE_END = re.compile(r"[,;:]\s|\s(?:but|however|although)\s")
+TITLES = ("[A-Z]", "[DMdm]r", "[Mm]s", "[Mm]rs", "[Pp]rof", r"i\.e", r"e\.g")  # a full stop behind them ends nothing
+NO_TITLE = "".join(rf"(?<!\b{title}\.)" for title in TITLES)
+SENTENCE_END = re.compile(rf"(?<=[.!?]){NO_TITLE}\s+|\n+")
+# "no dots, globules or streaks": one negation for a whole list, which its commas do not end
+ITEM = r"[\w-]+(?: [\w-]+){0,2}"
+DENIED_LIST = re.compile(rf"\b(?:no|without|neither|free of|lacks|lacking) {ITEM}(?:, {ITEM})*,? (?:or|nor) ")
+# "melanoma is unlikely": the negation follows what it negates
+DENIED_BEHIND = re.compile(
+    r"[\w-]*(?: or [\w-]+| \w+oma)? (?:is|was|are|were|has been|have been|can be|could be) (?:\w+ )?"
+    r"(?:absent|excluded|unlikely|ruled out|not (?:present|seen|found|visible|detected|suspected|likely))\b"
+)
+# Clinical shorthand and what it stands for, in lower case
+SHORTHAND = (
+    (re.compile(r"\b(\d{1,3}) ?-?(?:y/o|y\.o\.?|yo|yrs?[- ]old)\b"), r"\1-year-old"),
+    (re.compile(r"\b(\d{1,3}) ?(?:yrs?)\b\.?"), r"\1 years"),
+    (re.compile(r"(?<![\w.,-])(\d{1,3})m\b"), r"\1-year-old male"),
+    (re.compile(r"(?<![\w.,-])(\d{1,3})f\b"), r"\1-year-old female"),
+    (re.compile(r"\bpt\b\.?"), "patient"),
+    (re.compile(r"\bdx\b"), "diagnosis"),
+    (re.compile(r"\bhx\b"), "history"),
+    (re.compile(r"\bw/o\b"), "without"),
+    (re.compile(r"\bi\.e\.(?=[ ,])"), "that is"),
+    (re.compile(r"\be\.g\.(?=[ ,])"), "such as"),
+    (re.compile(r"\b(squamous|basal)-cell\b"), r"\1 cell"),
+)
 
 
 @dataclass(frozen=True)
@@ -30,14 +55,17 @@ class Claim:
 
 
 def normalise(text: str) -> str:
-    """Lower case, single blanks, plain apostrophes and hyphens: what all patterns are written for."""
+    """Lower case, single blanks, plain apostrophes and hyphens, shorthand written out: what all patterns expect."""
     plain = text.lower().replace("’", "'").replace("‑", "-").replace("–", "-")
-    return " ".join(plain.split())
+    plain = " ".join(plain.split())
+    for pattern, words in SHORTHAND:
+        plain = pattern.sub(words, plain)
+    return plain
 
 
 def sentences(text: str) -> list[str]:
-    """The text cut behind full stops, question and exclamation marks and line ends."""
-    return [s.strip() for s in re.split(r"(?<=[.!?])\s+|\n+", text.strip()) if s.strip()]
+    """The text cut behind full stops (not those of initials and titles), question and exclamation marks, line ends."""
+    return [s.strip() for s in SENTENCE_END.split(text.strip()) if s.strip()]
 
 
 def claims(clean: str, names: str) -> list[Claim]:
@@ -49,14 +77,22 @@ def claims(clean: str, names: str) -> list[Claim]:
     ]
 
 
+def age_band(word: str) -> range:
+    """The ages that a word like "elderly" may be said of."""
+    first, last = terms()["age_bands"][word]
+    return range(first, last + 1)
+
+
 def found_words(clean: str, name: str) -> list[str]:
     """The terms of a plain list of `terms.yaml` that the normalised sentence contains."""
     return [m[0] for m in _list_pattern(name).finditer(clean)]
 
 
 def is_negated(clean: str, start: int) -> bool:
-    """Whether an odd number of negations stands shortly before `start`, in the same clause."""
-    return len(_list_pattern("negations").findall(_reach(clean, start, NEGATION_REACH))) % 2 == 1
+    """Whether an odd number of negations stands shortly before `start`, in the same clause or list, or right behind."""
+    before = _list_pattern("negations").findall(_reach(clean, start, NEGATION_REACH))
+    number = len(before) - ("neither" in before and "nor" in before) + bool(DENIED_BEHIND.match(clean, start))
+    return number % 2 == 1
 
 
 def is_aside(clean: str, start: int) -> bool:
@@ -66,8 +102,14 @@ def is_aside(clean: str, start: int) -> bool:
 
 
 def _reach(clean: str, start: int, words: int) -> str:
-    before = CLAUSE_END.split(re.split(r"[.!?]\s", clean[:start])[-1])[-1]
+    before = CLAUSE_END.split(re.split(r"[.!?]\s", _without_list_commas(clean)[:start])[-1])[-1]
     return " ".join(before.split()[-words:])
+
+
+@functools.lru_cache(maxsize=256)
+def _without_list_commas(clean: str) -> str:
+    """The text with blanks for the commas of denied lists."""
+    return DENIED_LIST.sub(lambda m: m[0].replace(",", " "), clean)
 
 
 def without(clean: str, phrases: Iterable[str]) -> str:
@@ -119,6 +161,8 @@ def site_fault(word: str, given: str | None) -> str | None:
     """
     if given is None:
         return "unsupported"
+    if word in terms()["site_aliases"].get(given, ()):
+        return None
     own = [w for w in split_places(given) if w in parents() or w in parents().values()]
     if word in given.split() or not own or any(word in _line(place) for place in own):
         return None if own or word in given.split() else "unsupported"

@@ -17,6 +17,7 @@ LENGTH = re.compile(
 )
 DURATION = re.compile(
     r"\b(?:\d+|several|many|few|two|three|four|five|six|ten|forty) (?:years?|months?|weeks?|days?)\b(?! old| of age)"
+    rf"|\bsince (?:{MONTHS}|\d{{4}})\b"
 )
 PERSONAL: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("name", re.compile(r"\b(?:Mr|Mrs|Ms|Miss|Dr|Prof)\b\.?|\bDear\b|\b[Nn]ame(?:d| is|:) [A-Z][a-z]+")),
@@ -25,18 +26,33 @@ PERSONAL: tuple[tuple[str, re.Pattern[str]], ...] = (
         r"|\b\d{4}-\d{2}-\d{2}\b|\b\d{1,2}[./]\d{1,2}[./]\d{2,4}\b", re.IGNORECASE)),
     ("phone", re.compile(r"(?<![\w.])\+?\d[\d ()/-]{7,}\d\b")),
     ("address", re.compile(r"\S+@\S+\.\w+|https?://|\bwww\.")),
+    ("address", re.compile(r"\b\d{1,4} (?:[A-Z][a-z]+ ){1,2}(?:Street|St|Road|Rd|Avenue|Ave|Lane|Drive|Way|Square)\b")),
+    ("id", re.compile(
+        r"\b(?:patient|record|case|file|hospital|insurance|account|chart|social security)['\w]* ?"
+        r"(?:no|nr|number|id|#)\b\.?[:#\s]*[\w/-]*\d", re.IGNORECASE)),
+    ("id", re.compile(r"\b\d{6,}\b|\b\d{3}-\d{2}-\d{3,4}\b")),
     ("id", re.compile(r"\b(?:MRN|SSN|[Pp]atient (?:ID|id|number)|[Cc]ase number|ID)[:#\s]*\w*\d\w*")),
     ("id", re.compile(r"\b[A-Z]{2,5}[_-]\d{3,}")),
 )  # fmt: skip
 PORTION = r"(?:portion|part|half|side|edge|border|margin|pole)\b(?! of (?:his|her|their|the patient))"
-FULL_NAME = re.compile(r"(?<=[a-z,;:] )([A-Z][a-z]+) ([A-Z][a-z]+)\b")
+# Words with a capital that the vocabulary does not know: two in a row inside a sentence or as its subject; one that
+# is told to be so many years old, or follows "patient"; one behind an initial.
+FULL_NAME = re.compile(
+    r"(?<=[a-z,;:] )([A-Z][a-z]+) ([A-Z][a-z]+)\b"
+    r"|^([A-Z][a-z]+) ([A-Z][a-z]+)(?=,? (?:is|was|has|had|an?|aged?|presents?|presented|came)\b)"
+)
+ONE_NAME = re.compile(
+    r"\b([A-Z][a-z]{2,}),? (?:(?:is|was|has been|aged?|an?|\() ?){1,2}\d{1,3}\b"
+    r"|\b(?:[Pp]atient:?|Lady|Sir|named) ([A-Z][a-z]{2,})\b"
+)
+INITIAL = re.compile(r"\b[A-Z]\. ?([A-Z][a-z]{2,})\b")
 
 
 def personal_details(sentence: str) -> list[tuple[str, str]]:
     """(what, words) of names, dates, phone numbers, addresses and ids in a sentence as it was written."""
     told = [(what, f[0].strip()[:40]) for what, pattern in PERSONAL if (f := pattern.search(sentence)) is not None]
-    names = FULL_NAME.finditer(sentence)
-    return told + [("name", n[0]) for n in names if not {n[1].lower(), n[2].lower()} & _known_words()]
+    names = [*FULL_NAME.finditer(sentence), *ONE_NAME.finditer(sentence), *INITIAL.finditer(sentence)]
+    return told + [("name", n[0]) for n in names if not {w.lower() for w in n.groups() if w} & _known_words()]
 
 
 def unsupported(clean: str, facts: Facts, sees: bool = False, is_talk: bool = False) -> Iterator[tuple[str, str, str]]:
@@ -48,7 +64,9 @@ def unsupported(clean: str, facts: Facts, sees: bool = False, is_talk: bool = Fa
     told = [*_by_list(clean, facts), *_by_fact(clean, facts, sees)]
     if not sees:
         told += _appearance(clean, facts)
-    known = word_set("plain_words") | _given_words(facts) | _all_listed()
+    known = word_set("plain_words") | word_set("function_words") | _given_words(facts) | _all_listed()
+    if "age" in facts:
+        known |= set(terms()["age_bands"])
     if sees:
         known |= word_set("appearance_words")
     explained = {word for _, term in told for word in WORD.findall(term)}
@@ -88,7 +106,9 @@ def _by_fact(clean: str, facts: Facts, sees: bool) -> Iterator[tuple[str, str]]:
     for what, names in (("diagnosis", "class_names"), ("malignancy", "malignancy_names")):
         if what not in facts and not sees:
             yield from ((what, c.term) for c in said.claims(blank, names) if not c.negated)
-    yield from (("other", c.term) for c in said.claims(blank, "class_names") if c.aside and "diagnosis" in facts)
+    if "diagnosis" in facts:
+        own = {c.group for c in said.claims(facts["diagnosis"].lower(), "class_names")}
+        yield from (("other", c.term) for c in said.claims(blank, "class_names") if c.aside and c.group not in own)
 
 
 def _without_other_places(clean: str, facts: Facts) -> str:
@@ -143,7 +163,7 @@ def _all_listed() -> frozenset[str]:
 
 @functools.cache
 def _known_words() -> frozenset[str]:
-    return _all_listed() | word_set("plain_words") | word_set("eponyms")
+    return _all_listed() | word_set("plain_words") | word_set("function_words") | word_set("eponyms")
 
 
 def _given_words(facts: Mapping[str, str]) -> set[str]:

@@ -9,6 +9,7 @@ and shift (keypoints.py). What that finds on those images is in results/duplicat
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -23,6 +24,9 @@ CENTRES = (1.0, 0.85, 0.7)  # shares of the side that are compared with whole pi
 NEIGHBOURS = 3  # most similar pictures of an image, for each of CENTRES
 MIN_COARSE = 0.9  # correlation below which a neighbour is no candidate
 BLOCK = 1 << 22  # pairs looked at at a time
+NUM_BANDS, BAND_BITS = 4, 16  # of a hash
+_BAND_STARTS = BAND_BITS * np.arange(NUM_BANDS, dtype=np.uint64)
+BANDS_FROM, BANDS_TO = 4096, 15  # hashes from which, and bits up to which bands are worth their tables
 
 
 def duplicate_pairs(
@@ -45,18 +49,75 @@ def duplicate_pairs(
     return sorted(equal | confirmed(paths, sorted(candidates - equal), min_matches, workers))
 
 
-def near_hashes(hashes: Sequence[str], max_distance: int) -> Iterator[tuple[int, int]]:
-    """All pairs i < j of non-empty hashes that differ in at most `max_distance` bits, in order."""
+def near_hashes(hashes: Sequence[str], max_distance: int) -> list[tuple[int, int]]:
+    """All pairs i < j of non-empty hashes that differ in at most `max_distance` bits, in order.
+
+    Exact; by bands where that looks at fewer pairs than comparing all. Memory is bounded but for the pairs found.
+    """
     index = np.array([i for i, text in enumerate(hashes) if text], dtype=np.int64)
     bits = np.array([int(hashes[i], 16) for i in index], dtype=np.uint64)
+    masks = _band_masks(max_distance // NUM_BANDS) if len(bits) >= BANDS_FROM and max_distance <= BANDS_TO else None
+    found = _near_by_bands(bits, max_distance, masks) if masks is not None else None
+    found = _near_among_all(bits, max_distance) if found is None else found
+    return [(int(index[i]), int(index[j])) for i, j in found.tolist()]
+
+
+def _near_among_all(bits: np.ndarray, max_distance: int) -> np.ndarray:
+    """Places [P, 2] of the near pairs among uint64 [N], in order, each compared with each."""
     rows = max(1, BLOCK // 8 // max(len(bits), 1))
+    pairs = [np.empty((0, 2), np.int64)]
     for start in range(0, len(bits), rows):
         block = bits[start : start + rows]
-        distance = np.bitwise_count(block[:, None] ^ bits[None, start:])
-        found = np.flatnonzero(distance <= max_distance)
-        for row, column in zip(*(part.tolist() for part in np.divmod(found, distance.shape[1])), strict=True):
-            if column > row:
-                yield int(index[start + row]), int(index[start + column])
+        row, column = np.nonzero(np.bitwise_count(block[:, None] ^ bits[None, start:]) <= max_distance)
+        pairs.append(start + np.stack([row, column], axis=1)[column > row])
+    return np.concatenate(pairs)
+
+
+def _near_by_bands(bits: np.ndarray, max_distance: int, masks: np.ndarray) -> np.ndarray | None:
+    """As `_near_among_all`; None where it would look at as many pairs (many hashes with the same bands).
+
+    Multi-index hashing (Norouzi, Punjani and Fleet 2014, IEEE TPAMI 36:1107): hashes within `max_distance` agree in one
+    of NUM_BANDS bands up to a share of it, and a band's 65,536 values are a table. `masks` are the differences of a
+    band to look for.
+    """
+    bands = [
+        ((bits >> np.uint64(BAND_BITS * band)) & np.uint64(2**BAND_BITS - 1)).astype(np.int64)
+        for band in range(NUM_BANDS)
+    ]
+    tables = [np.bincount(band, minlength=2**BAND_BITS) for band in bands]
+    values = np.arange(2**BAND_BITS)
+    looks = sum(float(table @ table[values ^ mask]) for table in tables for mask in masks)
+    if looks > len(bits) ** 2 / 4:
+        return None
+    pairs = [np.empty((0, 2), np.int64)]
+    for band, table in zip(bands, tables, strict=True):
+        order = np.argsort(band, kind="stable")
+        first = np.cumsum(table) - table
+        for mask in masks:
+            partner = band ^ mask
+            asked = np.flatnonzero((table[partner] > 0) & (band <= partner))
+            for some in _pieces(asked, table[partner[asked]]):
+                count = table[partner[some]]
+                left = np.repeat(some, count)
+                within = np.arange(len(left)) - np.repeat(np.cumsum(count) - count, count)
+                right = order[np.repeat(first[partner[some]], count) + within]
+                is_near = np.bitwise_count(bits[left] ^ bits[right]) <= max_distance
+                pairs.append(np.stack([left[is_near], right[is_near]], axis=1))
+    both = np.sort(np.concatenate(pairs), axis=1)
+    return np.unique(both[both[:, 0] != both[:, 1]], axis=0)
+
+
+def _pieces(items: np.ndarray, counts: np.ndarray) -> Iterator[np.ndarray]:
+    """`items` in pieces whose counts sum to about BLOCK / 8 at most."""
+    piece = (np.cumsum(counts) - 1) // (BLOCK // 8)
+    yield from np.split(items, np.flatnonzero(np.diff(piece)) + 1)
+
+
+@functools.cache
+def _band_masks(radius: int) -> np.ndarray:
+    """The differences of two bands in at most `radius` bits."""
+    values = np.arange(2**BAND_BITS)
+    return values[np.bitwise_count(values.astype(np.uint32)) <= radius]
 
 
 def neighbours(thumbnails: Sequence[bytes]) -> Iterator[tuple[int, int]]:

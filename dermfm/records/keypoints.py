@@ -6,11 +6,15 @@ SIFT (Lowe 2004, doi:10.1023/B:VISI.0000029664.99615.94) with square-rooted desc
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -25,6 +29,9 @@ REACH = 4.0  # pixels that a feature may lie beside its place
 SCALES = (0.4, 2.5)
 POOL_FROM = 512  # images; fewer are done in process
 CHUNK = 64
+_ROW = np.dtype(
+    [("count", np.int32), ("places", np.float32, (FEATURES, 2)), ("descriptors", np.uint8, (FEATURES, 128))]
+)
 
 
 @dataclass(frozen=True)
@@ -38,13 +45,43 @@ class Features:
 def confirmed(
     paths: Sequence[Path], pairs: Sequence[tuple[int, int]], min_matches: int, workers: int = 0
 ) -> set[tuple[int, int]]:
-    """The pairs (places in `paths`) of which at least `min_matches` features agree."""
+    """The pairs (places in `paths`) of which at least `min_matches` features agree.
+
+    The features lie in a temporary file that all processes map, so that memory does not grow with the number of images.
+    """
     used = sorted({i for pair in pairs for i in pair})
-    found = track(_described([paths[i] for i in used], workers), len(used), "describing images", "images")
-    of = dict(zip(used, found, strict=True))
-    both = [(of[i], of[j]) for i, j in pairs]
-    counts = [num_agreeing(one, two, min_matches) for one, two in track(both, len(both), "comparing images", "pairs")]
+    place = {i: k for k, i in enumerate(used)}
+    with tempfile.TemporaryDirectory(prefix="dermfm-") as folder, _pool(max(len(used), len(pairs)), workers) as mapped:
+        file = Path(folder, "features")
+        found = track(mapped(features_of, [paths[i] for i in used]), len(used), "describing images", "images")
+        _save(found, len(used), file)
+        both = [(place[i], place[j]) for i, j in pairs]
+        compared = mapped(functools.partial(_compare, file=file, num_images=len(used), enough=min_matches), both)
+        counts = list(track(compared, len(pairs), "comparing images", "pairs"))
     return {pair for pair, count in zip(pairs, counts, strict=True) if count >= min_matches}
+
+
+def _save(found: Iterable[Features], num_images: int, file: Path) -> None:
+    """Write the features of images in order to a file of _ROW."""
+    rows = np.memmap(file, _ROW, "w+", shape=(max(num_images, 1),))
+    for i, features in enumerate(found):
+        count = len(features.places)
+        rows["count"][i] = count
+        rows["places"][i, :count] = features.places
+        rows["descriptors"][i, :count] = features.descriptors
+    rows.flush()
+
+
+def _compare(pair: tuple[int, int], file: Path, num_images: int, enough: int) -> int:
+    """`num_agreeing` of two images of a file of _ROW."""
+    rows = _rows(file, num_images)
+    one, two = (Features(row["places"][: row["count"]], row["descriptors"][: row["count"]]) for row in rows[list(pair)])
+    return num_agreeing(one, two, enough)
+
+
+@functools.lru_cache(maxsize=1)
+def _rows(file: Path, num_images: int) -> np.memmap:
+    return np.memmap(file, _ROW, "r", shape=(num_images,))
 
 
 def features_of(path: Path) -> Features:
@@ -92,10 +129,12 @@ def num_agreeing(one: Features, two: Features, enough: int = 0) -> int:
     return len(set(best[is_match][agree.ravel().astype(bool)].tolist()))
 
 
-def _described(paths: Sequence[Path], workers: int) -> Iterator[Features]:
+@contextlib.contextmanager
+def _pool(size: int, workers: int) -> Iterator[Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[Any]]]:
+    """`map` in order over processes, or in this one where there is little to do."""
     workers = workers or os.cpu_count() or 1
-    if workers == 1 or len(paths) < POOL_FROM:
-        yield from map(features_of, paths)
+    if workers == 1 or size < POOL_FROM:
+        yield map
         return
     with ProcessPoolExecutor(workers) as pool:
-        yield from pool.map(features_of, paths, chunksize=CHUNK)
+        yield functools.partial(pool.map, chunksize=CHUNK)

@@ -1,4 +1,4 @@
-"""Work on many images, in parts that are done when their file is there: in process, or as a Ray Data job.
+"""Work on many images, in parts that are done when their file is there: in processes, or as a Ray Data job.
 
 A part is a Parquet file of one row an image, each with the key of what it was made from (file, settings, version). A
 second run reads the parts and does only what is missing, changed or was lost. Nothing larger than a row comes back
@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,8 @@ from dermfm.progress import Meter
 
 PART = 64  # images: what a killed worker loses at most
 PARTS_A_BLOCK = 4  # parts a Ray task does: its overhead is spread over them
-RAY_FROM = 512  # images; fewer are done in process: starting Ray takes longer
+POOL_FROM = 512  # images; fewer are done in this process
+RAY_FROM = 20_000  # images; fewer are done by a pool of processes, before Ray would have started
 Row = dict[str, Any]
 
 
@@ -39,7 +41,8 @@ class Task:
 
 @dataclass(frozen=True)
 class Place:
-    """Where parts run: processes of this machine (0: one a core), or the Ray cluster that answers at `address`."""
+    """Where parts run: processes of this machine (0: one a core; a Ray of its own for RAY_FROM images and more), or the
+    Ray cluster that answers at `address`."""
 
     workers: int = 0
     address: str | None = None
@@ -68,8 +71,7 @@ def run_parts(
         return done
     folder.mkdir(parents=True, exist_ok=True)
     parts = [left[i : i + PART] for i in range(0, len(left), PART)]
-    in_process = not place.address and (place.num_workers == 1 or len(left) < RAY_FROM)
-    run = _in_process if in_process else _on_ray
+    run = _runner(len(left), place)
     with Meter(len(tasks), what, "images", start=len(tasks) - len(left)) as meter:
         for rows in run(parts, work, folder, schema, place):
             done.update((row["key"], row) for row in rows)
@@ -108,11 +110,22 @@ def _is_done(task: Task, row: Row | None) -> bool:
         return False
 
 
+def _runner(num_images: int, place: Place) -> Callable[..., Iterator[list[Row]]]:
+    if place.address or (num_images >= RAY_FROM and place.num_workers > 1):
+        return _on_ray
+    return _in_pool if num_images >= POOL_FROM and place.num_workers > 1 else _in_process
+
+
 def _in_process(
     parts: list[list[Task]], work: Work, folder: Path, schema: pa.Schema, place: Place
 ) -> Iterator[list[Row]]:
     for part in parts:
         yield do_part(part, work, folder, schema)
+
+
+def _in_pool(parts: list[list[Task]], work: Work, folder: Path, schema: pa.Schema, place: Place) -> Iterator[list[Row]]:
+    with ProcessPoolExecutor(min(place.num_workers, len(parts))) as pool:
+        yield from pool.map(partial(do_part, work=work, folder=folder, schema=schema), parts)
 
 
 def _on_ray(parts: list[list[Task]], work: Work, folder: Path, schema: pa.Schema, place: Place) -> Iterator[list[Row]]:

@@ -207,14 +207,16 @@ def histogram_figure(title: str, unit: str, series: Mapping[str, Sequence[float]
         known = {name: np.asarray(values, float) for name, values in series.items() if len(values)}
         low, high = (np.quantile(np.concatenate([*known.values()]), q) for q in (0.002, 0.998))
         edges = np.linspace(low, high if high > low else low + 1, bins + 1)
+        if high - low <= bins and all((values % 1 == 0).all() for values in known.values()):
+            edges = np.arange(np.floor(low), np.ceil(high) + 2) - 0.5  # counts: no empty bins between them
         for colour, (name, values) in zip(SERIES, known.items(), strict=False):
             counts, _ = np.histogram(values.clip(edges[0], edges[-1]), edges)
             axes.stairs(counts / len(values), edges, color=colour, linewidth=1.4, label=f"{name} ({len(values)})")
         axes.set_xlabel(unit)
         axes.margins(x=0.01)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, axes.get_ylim()[1] * (1.1 + 0.08 * len(known)))  # room for the legend above the bars
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, loc="upper right")
 
     return draw(paint, title)
 

@@ -33,7 +33,7 @@ from shards.manifest import write_text
 
 THUMBNAIL, QUALITY = 112, 82
 MAX_PIXELS = 200_000_000
-PER_CLASS, NUM_OVERLAYS, NUM_PAIRS, NUM_COPIES = 10, 36, 12, 8
+PER_CLASS, NUM_OVERLAYS, NUM_PAIRS, NUM_COPIES = 9, 35, 12, 8
 NAMED = 40  # names of one kind of loss that are shown
 FIELDS = (
     "label", "malignancy", "subclass", "age", "sex", "site", "lesion_id", "patient_id", "fitzpatrick",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from shards.manifest import write_text
 Row = dict[str, Any]
 EXAMPLES = 3  # notes shown of each kind of fault
 SHOWN = 4  # notes shown of each strategy
+ALWAYS_TOLD = ("missing", "contradiction", "self-contradiction", "unsupported")  # a zero is worth saying, too
 CHECKED = 2000  # released notes of a strategy that are checked again
 COUNTED = 2000  # notes of a strategy whose n-grams are counted, so that strategies of different size compare
 
@@ -36,6 +37,7 @@ class Section:
     """Everything that is told about the notes of one strategy by one engine."""
 
     line: NoteLine
+    written: bool  # by a model
     model: str
     kept: float
     before: dict[str, float] | None
@@ -53,13 +55,29 @@ class Section:
     samples: list[str]
 
 
-def write_notes_page(config: NotesConfig, table: pa.Table, out: Path) -> Path:
+def write_notes_page(
+    config: NotesConfig, table: pa.Table, out: Path, tell: Callable[[str], None] = lambda line: None
+) -> Path:
     """Write the page about the notes of `config.out`, made of the records `table`, to `out`; its path.
 
-    Needs no network to be read. InputError where the folder holds no notes.
+    `tell` gets a line for each strategy whose released notes were checked anew. Needs no network to be read.
+    InputError where the folder holds no notes.
     """
-    write_text(out, render_template("synthesis.html", page_values(config, table)))
+    values = page_values(config, table)
+    write_text(out, render_template("synthesis.html", values))
+    for section in values["sections"]:
+        if section.after is not None:
+            tell(released_line(section))
     return out
+
+
+def released_line(section: Section) -> str:
+    """What the checks say of a strategy's notes as they were released: the three figures that a lab looks at first."""
+    assert section.after is not None
+    wrong = section.after["contradiction"], section.after["self-contradiction"], section.after["unsupported"]
+    share = "{:.2%} contradict a fact, {:.2%} themselves, {:.2%} say what no fact supports".format(*wrong)
+    recall = "" if section.recall is None else f"; {section.recall:.4f} of the given facts are stated"
+    return f"  {section.line.strategy} as released: {share}{recall}"
 
 
 def page_values(config: NotesConfig, table: pa.Table) -> dict[str, Any]:
@@ -71,14 +89,18 @@ def page_values(config: NotesConfig, table: pa.Table) -> dict[str, Any]:
     known = _known_strategies(config)
     lines = {(line.strategy, line.engine, line.label_access): line for line in note_table(config.out)}
     sections = [_section(lines[k], rows, records, known.get(k[0])) for k, rows in sorted(groups.items())]
-    checked = [s for s in sections if s.before is not None]
+    checked = [s for s in sections if s.before is not None or s.after is not None]
     return {
         "title": Path(config.out).name,
         "num_notes": sum(s.line.total for s in sections),
         "num_records": len({row["record_id"] for rows in groups.values() for row in rows}),
         "sources": SOURCES,
         "sections": sections,
-        "kinds": [k for k in KINDS if any((s.before or {}).get(k) or (s.after or {}).get(k) for s in checked)],
+        "kinds": [
+            kind
+            for kind in KINDS
+            if kind in ALWAYS_TOLD or any((s.before or {}).get(kind) or (s.after or {}).get(kind) for s in checked)
+        ],
         "checked": checked,
         "lengths": _length_figures(groups),
     }
@@ -99,6 +121,7 @@ def _section(line: NoteLine, rows: list[Row], records: dict[str, Row], strategy:
     information, chance = _information(rows, records)
     return Section(
         line=line,
+        written=written,
         model=", ".join(sorted({row["model"] for row in rows})),
         kept=(counts["generated"] + counts["regenerated"]) / total,
         before=_rates([row["first_faults"] for row in rows]) if written else None,

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from dermfm.config import InputError, short_hash, to_dict
+from dermfm.images import AugmentConfig, decode_image
 from dermfm.model.image import ImageTower
 from dermfm.model.text import TextConfig, TextTower
 from dermfm.progress import Meter
-from dermfm.samples import AugmentConfig, decode_image, image_bytes, stack_pixels
+from dermfm.samples import image_bytes, stack_pixels
 from dermfm.study.config import TokensConfig
 from shards.loader import sample_rng
 from shards.manifest import Manifest, write_text

@@ -1,4 +1,4 @@
-"""The preprocessing as a Ray Data job: the same bytes as in one process, for one worker and for two."""
+"""The preprocessing as a Ray Data job: the same bytes as in one process and in a pool of two."""
 
 from __future__ import annotations
 
@@ -39,14 +39,15 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.timeout(300)
-def test_one_process_and_ray_workers_write_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_process_a_pool_and_ray_write_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = PreprocessConfig(enabled=True, hair=True, square="crop", size=48)
     outcomes = []
-    for name, workers, ray_from in (("alone", 1, 10**9), ("two", 2, 1)):
+    monkeypatch.setattr(parts, "POOL_FROM", 1)
+    for name, workers, ray_from in (("alone", 1, 10**9), ("pool", 2, 10**9), ("ray", 2, 1)):
         monkeypatch.setattr(parts, "RAY_FROM", ray_from)
         losses = Losses()
         kept = preprocess_records(fresh(tmp_path / "in"), settings, tmp_path / name, Place(workers), losses)
         assert len(kept) == NUM_IMAGES - 1
         outcomes.append((digests(tmp_path / name), losses.lines()))
     assert len(outcomes[0][0]) == NUM_IMAGES - 1
-    assert outcomes[0] == outcomes[1]
+    assert outcomes[0] == outcomes[1] == outcomes[2]

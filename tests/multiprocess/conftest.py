@@ -6,14 +6,13 @@ some share a group, and notes of one class repeat each other word for word.
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import os
-import signal
 import subprocess
-import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,28 +140,31 @@ def environment(root: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def launch(environment: dict[str, str]) -> Callable[..., subprocess.CompletedProcess[str]]:
+def warm(environment: dict[str, str]) -> Iterator[Any]:
+    """The module `warm`, its server started; at the end no rank stays."""
+    spec = importlib.util.spec_from_file_location("warm", Path(__file__).with_name("warm.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.start_server(environment)
+    yield module
+    module.end_all()
+
+
+@pytest.fixture(scope="session")
+def launch(
+    warm: Any, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., subprocess.CompletedProcess[str]]:
     """launch(script, world, arguments, timeout_s) → the finished job of `world` ranks, its output captured."""
 
     def start(script: Path, world: int, arguments: Sequence[str] = (), timeout_s: float = 110.0) -> Any:
-        ranks = "import sys; from cluster.local import run_ranks; sys.exit(run_ranks(sys.argv[2:], int(sys.argv[1])))"
-        command = [sys.executable, "-c", ranks, str(world), sys.executable, str(script), *arguments]
-        return finish(command, environment, timeout_s)
+        folder = tmp_path_factory.mktemp("job")
+        files = folder / "out", folder / "err"
+        ranks = [warm.Rank(script, arguments, {**environment, **place}, *files) for place in warm.places(world)]
+        code, (out, err) = warm.run_job(ranks, timeout_s), ranks[0].told()
+        if code is None:
+            pytest.fail(f"not done after {timeout_s:.0f} s\n{out[-3000:]}\n{err[-3000:]}")
+        return subprocess.CompletedProcess([str(script), *arguments], code, out, err)
 
     return start
-
-
-def finish(command: Sequence[str], environment: dict[str, str], timeout_s: float) -> subprocess.CompletedProcess[str]:
-    """Run to the end; past the timeout the job is ended by its own forwarding of signals, then by force."""
-    job = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        out, err = job.communicate(timeout=timeout_s)
-    except subprocess.TimeoutExpired:
-        job.send_signal(signal.SIGTERM)
-        try:
-            out, err = job.communicate(timeout=15)
-        except subprocess.TimeoutExpired:
-            job.kill()
-            out, err = job.communicate()
-        pytest.fail(f"not done after {timeout_s:.0f} s\n{out[-3000:]}\n{err[-3000:]}")
-    return subprocess.CompletedProcess(list(command), job.returncode, out, err)

@@ -32,7 +32,8 @@ class ByteTokenizer:
 
 
 def resident() -> int:
-    """Bytes of this process and of all that it started; garbage is not counted as growth."""
+    """Bytes that this process and all that it started have for themselves (a share of common pages would change with
+    what else runs); garbage is not counted as growth."""
     gc.collect()
     own = psutil.Process()
     return sum(p.memory_full_info().uss for p in [own, *own.children(recursive=True)])

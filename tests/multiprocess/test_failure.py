@@ -7,15 +7,14 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from cluster.local import free_port
 from dermfm import checkpoint, zero
 from dermfm.metrics import read_rows
 
@@ -34,22 +33,27 @@ FAULT_POINTS = [
 pytestmark = pytest.mark.timeout(400)
 
 
+@pytest.fixture(scope="session")
+def start(warm: Any, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Job]:
+    """start(config, fault, rank, step) → two ranks that run `failure_rank.py`."""
+
+    def started(config: Path, fault: str = "none", rank: int = 0, step: int = 0) -> Job:
+        folder, arguments = tmp_path_factory.mktemp("job"), [str(config), fault, str(rank), str(step)]
+        return Job(
+            [
+                warm.Rank(SCRIPT, arguments, {**environment, **place}, folder / f"out{i}", folder / f"err{i}")
+                for i, place in enumerate(warm.places(2))
+            ]
+        )
+
+    return started
+
+
 class Job:
     """Two ranks that nobody watches from outside, as under srun."""
 
-    def __init__(self, config: Path, environment: dict[str, str], fault: str, rank: int, step: int) -> None:
-        place = {
-            "WORLD_SIZE": "2",
-            "LOCAL_WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free_port()),
-        }
-        command = [sys.executable, str(SCRIPT), str(config), fault, str(rank), str(step)]
-        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        self.ranks = [
-            subprocess.Popen(command, env={**environment, **place, "RANK": str(r), "LOCAL_RANK": str(r)}, **pipes)
-            for r in range(2)
-        ]
+    def __init__(self, ranks: list[Any]) -> None:
+        self.ranks = ranks
 
     def end(self, timeout_s: float = 180) -> list[subprocess.CompletedProcess[str]]:
         """Every rank's end."""
@@ -71,13 +75,13 @@ def config(config_values, tmp_path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(config_values, environment, tmp_path_factory) -> dict[str, torch.Tensor]:
+def uninterrupted(config_values, start, tmp_path_factory) -> dict[str, torch.Tensor]:
     """The final weights of the run that nothing happens to."""
     folder = tmp_path_factory.mktemp("whole")
     path = folder / "train.json"
     values = {**config_values, "run": str(folder / "run"), "epochs": NUM_STEPS * 8 / 40, "validation": {"every": -1}}
     path.write_text(json.dumps(values))
-    ends = Job(path, environment, "none", 0, 0).end()
+    ends = start(path).end()
     assert [e.returncode for e in ends] == [0, 0], ends[0].stderr[-3000:]
     return final_weights(folder / "run")
 
@@ -98,8 +102,8 @@ def seconds_since(config: Path) -> float:
     return time.time() - float(config.with_suffix(".struck").read_text())
 
 
-def test_a_rank_that_raises_ends_the_other_within_half_a_minute_with_rank_step_and_reason(config, environment):
-    ends = Job(config, environment, "raise", 1, 3).end()
+def test_a_rank_that_raises_ends_the_other_within_half_a_minute_with_rank_step_and_reason(config, start):
+    ends = start(config, "raise", 1, 3).end()
     assert seconds_since(config) < 30
     assert [e.returncode for e in ends] == [1, 1]
     line = "dermfm train: rank 1 failed in step 3 (forward and backward): RuntimeError: made to fail"
@@ -109,18 +113,18 @@ def test_a_rank_that_raises_ends_the_other_within_half_a_minute_with_rank_step_a
     assert "rank 1 failed in step 3" in (config.parent / "run" / "log" / "rank0.log").read_text()
 
 
-def test_broken_data_on_one_rank_are_one_line_of_bad_input(config, environment):
-    ends = Job(config, environment, "loader", 1, 3).end()
+def test_broken_data_on_one_rank_are_one_line_of_bad_input(config, start):
+    ends = start(config, "loader", 1, 3).end()
     assert [e.returncode for e in ends] == [2, 2]
     told = "dermfm train: rank 1: train-00000.tar: sample r007 is not what its index says"
     assert [line for e in ends for line in e.stderr.splitlines() if line.startswith("dermfm")] == [told]
     assert not any("Traceback" in e.stderr for e in ends)
 
 
-def test_a_stall_shows_every_rank_s_stack_names_the_slowest_and_ends_the_job(config, environment):
+def test_a_stall_shows_every_rank_s_stack_names_the_slowest_and_ends_the_job(config, start):
     values = json.loads(config.read_text()) | {"stall_s": 20.0, "stall_end_s": 26.0}
     config.write_text(json.dumps(values))
-    ends = Job(config, environment, "stall", 1, 3).end()
+    ends = start(config, "stall", 1, 3).end()
     assert all(e.returncode == 1 for e in ends)
     logs = [(config.parent / "run" / "log" / f"rank{r}.log").read_text() for r in range(2)]
     assert all("Current thread" in log or "Thread 0x" in log for log in logs)
@@ -131,19 +135,19 @@ def test_a_stall_shows_every_rank_s_stack_names_the_slowest_and_ends_the_job(con
 
 @pytest.mark.parametrize(("fault", "rank", "call"), FAULT_POINTS)
 def test_killed_at_a_fault_point_of_saving_the_run_goes_on_to_the_same_weights(
-    config, environment, uninterrupted, fault, rank, call
+    config, start, uninterrupted, fault, rank, call
 ):
-    ends = Job(config, environment, fault, rank, call).end()
+    ends = start(config, fault, rank, call).end()
     assert ends[rank].returncode == -signal.SIGKILL
     assert ends[1 - rank].returncode != 0
-    again = Job(config, environment, "none", 0, 0).end()
+    again = start(config).end()
     assert [e.returncode for e in again] == [0, 0], again[0].stderr[-3000:]
     check_same(config.parent / "run", uninterrupted)
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
-def test_twenty_kills_at_random_times_change_nothing(config_values, environment, tmp_path):
+def test_twenty_kills_at_random_times_change_nothing(config_values, start, tmp_path):
     """SIGKILL of both ranks or of one, until twenty have struck; a checkpoint every step, so that many hit one."""
     steps = 120
     values = {**config_values, "epochs": steps * 8 / 40, "checkpoint_every": 8, "validation": {"every": -1}}
@@ -152,7 +156,7 @@ def test_twenty_kills_at_random_times_change_nothing(config_values, environment,
     rng, kills, saving = random.Random(7), 0, 0
     while kills < 20:
         before = len(checkpoint.complete_steps(tmp_path / "run" / "ckpt"))
-        job = Job(config, environment, "none", 0, 0)
+        job = start(config)
         wait_for_steps(tmp_path / "run", job, rng.randint(1, 5))
         time.sleep(rng.uniform(0, 0.6))
         saving += bool(list((tmp_path / "run" / "ckpt").glob("*.tmp")))
@@ -162,11 +166,11 @@ def test_twenty_kills_at_random_times_change_nothing(config_values, environment,
             os.kill(rank.pid, signal.SIGKILL)
         kills += 1
         job.end()
-    ends = Job(config, environment, "none", 0, 0).end(900)
+    ends = start(config).end(900)
     assert [e.returncode for e in ends] == [0, 0], ends[0].stderr[-3000:]
     whole = tmp_path / "whole.json"
     whole.write_text(json.dumps({**values, "run": str(tmp_path / "whole")}))
-    assert [e.returncode for e in Job(whole, environment, "none", 0, 0).end(900)] == [0, 0]
+    assert [e.returncode for e in start(whole).end(900)] == [0, 0]
     expected, found = (
         zero.consolidated_weights(tmp_path / name / "ckpt", checkpoint.step_name(steps)) for name in ("whole", "run")
     )

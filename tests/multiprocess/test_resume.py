@@ -1,7 +1,8 @@
 """A run that was stopped and resumed, on as many ranks or on others, is the run that was never stopped.
 
-The worlds are cut from one run at two ranks: 2 → 4 after four steps, and what four ranks save three steps later goes on
-at two and at one. The model has frozen parameters (all of the text tower but its last layer).
+The worlds are cut from one run at two ranks: 2 → 4 after eight steps, and what four ranks save three steps later goes
+on at two and at one; and 1 → 2 → 4 from a run at one rank. The model has frozen parameters (all of the text tower but
+its last layer).
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from dermfm.metrics import read_rows
 
 SCRIPT = Path(__file__).with_name("resume_rank.py")
 STAGES = (1, 2, 3)
-NUM_STEPS, CUT, CUT_AGAIN = 28, 4, 7
-EVERY = 2  # steps between checkpoints
+NUM_STEPS, CUT, CUT_AGAIN = 28, 8, 11
+EVERY = 4  # steps between checkpoints
 # The chains of the test that everyone runs; `make soak` runs the others.
 IN_CI = {(3, 1)}
 WORLDS = [
@@ -72,14 +73,15 @@ class Runs:
 
 @pytest.fixture(scope="module")
 def runs(config_values, launch, tmp_path_factory) -> Runs:
-    """Runs of 28 steps with a validation pass every eight."""
-    values = {**config_values, "epochs": NUM_STEPS * 8 / 40, "validation": {"every": 64}}
+    """Runs of 28 steps with a validation pass every fourteen."""
+    values = {**config_values, "epochs": NUM_STEPS * 8 / 40, "validation": {"every": 14 * 8}}
+    values["checkpoint_every"] = EVERY * 8
     return Runs(tmp_path_factory.mktemp("runs"), values, launch)
 
 
 @pytest.fixture(scope="module")
 def two_ranks(runs: Runs) -> Runs:
-    """On two ranks, at each stage: `full-<stage>`, and `cut-<stage>` that was stopped after four steps and resumed."""
+    """On two ranks, at each stage: `full-<stage>`, and `cut-<stage>` that was stopped after CUT steps and resumed."""
     jobs = []
     for stage in STAGES:
         changes = {"zero": {"stage": stage}}
@@ -87,15 +89,15 @@ def two_ranks(runs: Runs) -> Runs:
         jobs.append(runs.job(f"cut-{stage}", changes=changes, stop=[1, CUT], frozen=f"at-cut-{stage}"))
         jobs.append(runs.job(f"cut-{stage}", changes=changes))
     damage = f"{checkpoint.step_name(CUT)}/*optim_states.pt"
-    jobs.append(runs.job("damaged", copy_from="at-cut-1", damage=damage))
+    jobs.append(runs.job("damaged", copy_from="at-cut-1", damage=damage, stop=[0, CUT + 2]))
     faster = {**runs.values["optimizer"], "lr": 0.03, "image_lr": 0.01, "text_lr": 0.01}
     jobs.append(runs.job("faster", copy_from="at-cut-1", changes={"optimizer": faster}, stop=[0, CUT + 3]))
-    assert runs.start("two ranks", 2, jobs) == [0, 75, 0] * len(STAGES) + [0, 75]
+    assert runs.start("two ranks", 2, jobs) == [0, 75, 0] * len(STAGES) + [75, 75]
     return runs
 
 
 def continued(runs: Runs, stage: int, world: int) -> str:
-    """The name of the run that two ranks stopped after four steps, four ranks after seven, and `world` ranks ended."""
+    """The name of the run that two ranks stopped after CUT steps, four ranks three later, and `world` ranks ended."""
     name, changes = f"two-four-{world}-{stage}", {"zero": {"stage": stage}}
     first = {} if world == 4 else {"stop": [2, CUT_AGAIN]}
     codes = runs.start(name, 4, [runs.job(name, copy_from=f"at-cut-{stage}", changes=changes, **first)])
@@ -119,7 +121,7 @@ def test_the_loss_has_moved_well_away_from_that_of_guessing(two_ranks):
 def test_at_the_same_world_size_the_resumed_run_is_equal_to_the_last_bit(two_ranks, stage):
     full, cut = two_ranks.rows(f"full-{stage}"), two_ranks.rows(f"cut-{stage}")
     assert [row["step"] for row in full] == list(range(1, NUM_STEPS + 1))
-    assert sum("valid/i2t_r@1" in row for row in full) == 4
+    assert sum("valid/i2t_r@1" in row for row in full) == 2
     assert cut == full
     expected, found = two_ranks.weights(f"full-{stage}"), two_ranks.weights(f"cut-{stage}")
     assert expected.keys() == found.keys()
@@ -131,6 +133,29 @@ def test_two_ranks_then_four_then_fewer_continue_the_same_losses(two_ranks, stag
     name = continued(two_ranks, stage, world)
     check_continued(two_ranks.rows(f"full-{stage}"), two_ranks.rows(name))
     assert checkpoint.read_state(two_ranks.folder / name / "ckpt" / checkpoint.step_name(NUM_STEPS)).world == world
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("stage", STAGES)
+def test_one_rank_then_two_then_four_continue_the_same_losses(runs, stage):
+    name, changes = f"one-two-four-{stage}", {"zero": {"stage": stage}}
+    alone = [runs.job(f"alone-{stage}", changes=changes), runs.job(name, changes=changes, stop=[0, CUT])]
+    assert runs.start(f"{name} 1", 1, alone) == [0, 75]
+    assert runs.start(f"{name} 2", 2, [runs.job(name, changes=changes, stop=[1, CUT_AGAIN])]) == [75]
+    assert runs.start(f"{name} 4", 4, [runs.job(name, changes=changes)]) == [0]
+    check_continued(runs.rows(f"alone-{stage}"), runs.rows(name))
+
+
+@pytest.mark.soak
+def test_a_compiled_run_on_two_ranks_resumes_exactly_and_has_the_losses_of_a_plain_one(runs):
+    """torch.compile orders sums in its own way: its losses are the plain run's to rounding."""
+    changes = {"compile": True}
+    jobs = [runs.job("plain"), runs.job("compiled", changes=changes)]
+    jobs += [runs.job("compiled-cut", changes=changes, stop=[1, CUT]), runs.job("compiled-cut", changes=changes)]
+    assert runs.start("compiled", 2, jobs) == [0, 0, 75, 0]
+    assert runs.rows("compiled-cut") == runs.rows("compiled")
+    for plain, compiled in zip(runs.rows("plain"), runs.rows("compiled"), strict=True):
+        assert compiled["loss"] == pytest.approx(plain["loss"], rel=1e-3)
 
 
 def check_continued(before: list[dict[str, float]], after: list[dict[str, float]]) -> None:
@@ -145,7 +170,7 @@ def check_continued(before: list[dict[str, float]], after: list[dict[str, float]
 
 
 def test_a_damaged_newest_checkpoint_falls_back_loudly_to_the_one_before(two_ranks):
-    assert two_ranks.rows("damaged") == two_ranks.rows("full-1")
+    assert two_ranks.rows("damaged") == two_ranks.rows("full-1")[: CUT + 2]
     err = two_ranks.done["two ranks"].stderr
     assert f"checkpoint {checkpoint.step_name(CUT)} is damaged and passed over" in err
     assert f"{checkpoint.step_name(CUT)} is set aside" in err
@@ -160,7 +185,7 @@ def test_a_changed_learning_rate_takes_effect_in_a_resumed_run(two_ranks):
 
 
 def test_the_run_keeps_its_last_checkpoints_its_best_and_nothing_half_made(two_ranks):
-    for name in ("full-1", "cut-3", "damaged"):
+    for name in ("full-1", "cut-3"):
         folder = two_ranks.folder / name / "ckpt"
         rows = {row["step"]: row for row in two_ranks.rows(name)}
         scores = {step: row["valid/zero_shot_f1_macro"] for step, row in rows.items() if "valid/i2t_r@1" in row}

@@ -90,6 +90,16 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_bad_input(stopped, capsys):
 
 
 @pytest.mark.usefixtures("as_only_rank")
+def test_a_new_run_that_is_refused_leaves_no_lock_and_nothing_that_looks_like_a_run(stopped, capsys, tmp_path):
+    new = tmp_path / "new"
+    told = refusal(capsys, str(stopped[0]), f"run={new}", "model.fusion.kernel=flash")
+    assert "kernel: 'flash' needs a CUDA device" in told
+    left = [p.relative_to(new).as_posix() for p in new.rglob("*")]
+    assert sorted(left) == ["log", "log/rank0.log"]
+    assert "'flash' needs a CUDA device" in (new / "log" / "rank0.log").read_text()
+
+
+@pytest.mark.usefixtures("as_only_rank")
 @pytest.mark.parametrize(
     ("change", "key"),
     [("contrastive_batch=4", "contrastive_batch"), ("seed=1", "seed"), ("window=16", "window"),

@@ -341,20 +341,30 @@ def test_a_key_that_only_one_side_has_is_a_change(tmp_path):
 
 def test_a_run_folder_has_one_holder_at_a_time(tmp_path):
     folder = tmp_path / "run"
-    with run.take_lock(folder), pytest.raises(InputError, match="another process works in this folder"):
-        run.take_lock(folder)
-    run.take_lock(folder).close()
+    for ask in (run.check_free, lambda folder: run.take_lock(folder).__enter__()):
+        with run.take_lock(folder), pytest.raises(InputError, match="another process works in this folder"):
+            ask(folder)
+    with run.take_lock(folder):
+        assert (folder / "lock").exists()
+    assert list(folder.iterdir()) == []
+
+
+def test_asking_whether_a_run_folder_is_free_makes_nothing(tmp_path):
+    run.check_free(tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_lock_ends_with_its_process(tmp_path):
     """A job that was killed leaves its lock file behind, but not the lock."""
     child = os.fork()
     if child == 0:
-        run.take_lock(tmp_path)
-        os._exit(9)
+        with run.take_lock(tmp_path):
+            os._exit(9)
     os.waitpid(child, 0)
     assert (tmp_path / "lock").exists()
-    run.take_lock(tmp_path).close()
+    run.check_free(tmp_path)
+    with run.take_lock(tmp_path):
+        pass
 
 
 def test_the_record_holds_config_commands_and_code(tmp_path, monkeypatch):
@@ -365,3 +375,17 @@ def test_the_record_holds_config_commands_and_code(tmp_path, monkeypatch):
     assert (tmp_path / "run" / "command.txt").read_text() == "dermfm train a=1\ndermfm train a=2\n"
     code = (tmp_path / "run" / "code.txt").read_text()
     assert code == "not a git checkout\n" or len(code.splitlines()[0]) == 40
+
+
+def test_without_zero_the_one_file_of_the_first_of_two_ranks_is_a_whole_checkpoint(tmp_path):
+    for stage, is_whole in ((0, True), (1, False)):
+        partial = tmp_path / f"step-0000000{stage + 1}.tmp"
+        partial.mkdir()
+        (partial / "mp_rank_00_model_states.pt").write_bytes(b"weights and moments")
+        state = checkpoint.State(stage + 1, 8, {}, 2, stage, 1)
+        if is_whole:
+            checkpoint._commit(partial, state, [])
+            assert checkpoint.complete_steps(tmp_path) == [1]
+        else:
+            with pytest.raises(AssertionError, match="1 state files of 2 ranks"):
+                checkpoint._commit(partial, state, [])

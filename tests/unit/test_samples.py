@@ -14,6 +14,7 @@ import torch
 import torchvision.transforms.v2.functional as tvf
 from PIL import Image
 
+from dermfm.batch_memory import KEPT, _waiting, take
 from dermfm.concepts import CONCEPTS
 from dermfm.config import InputError
 from dermfm.images import AugmentConfig, colour_map, decode_image, gaussian_blur, hue_rotation
@@ -310,3 +311,63 @@ def test_a_mix_without_one_of_its_strategies_is_refused_by_name():
         check_strategies({"all": 1}, ["abcd", "characteristics"])
     with pytest.raises(InputError, match="any strategy that a model writes"):
         check_strategies({"whole": 1}, ["template", "label"])
+
+
+@pytest.mark.parametrize(("width", "height", "size"), [(600, 450, 224), (450, 600, 96), (301, 200, 64), (90, 70, 128)])
+def test_pixels_are_bit_for_bit_those_of_torchs_antialiased_bicubic_resize(width, height, size):
+    data = encode(smooth_image(width, height), "PNG")
+    side = min(width, height)
+    left, top = round((width - side) / 2), round((height - side) / 2)
+    with Image.open(io.BytesIO(data)) as image:
+        square = np.array(image)[top : top + side, left : left + side]
+    planes = torch.from_numpy(square)[None].permute(0, 3, 1, 2)
+    expected = torch.nn.functional.interpolate(planes, (size, size), mode="bicubic", antialias=True)[0]
+    assert torch.equal(torch.from_numpy(decode_image(data, size)), expected)
+
+
+@pytest.mark.parametrize("augment", [None, AugmentConfig(blur=0.5)])
+def test_a_batch_decoded_in_place_holds_the_pixels_of_its_images_and_grey_for_bad_ones(augment):
+    fn, collate = SampleFn(48, {}, augment), Collate(ByteTokenizer(), 5, 48)
+    kinds = [("JPEG", 200, 150), ("PNG", 48, 48), ("JPEG", 30, 90), ("JPEG", 120, 120)]
+    images = [encode(smooth_image(width, height), kind) for kind, width, height in kinds]
+    images[3] = images[3][: len(images[3]) // 2]
+    memory = fn.allocate(5)
+    memory.fill_(7)
+    items = []
+    for place, data in enumerate(images):
+        work = fn.prepare({**packed(place), "jpg": data}, rng(place))
+        try:
+            items.append(work(memory[place]))
+        except (ValueError, OSError):
+            items.append(None)
+    batch = collate([*items, None], np.arange(5), memory)
+    assert [item is None for item in items] == [False, False, False, True]
+    assert batch.pixels.data_ptr() == memory.data_ptr()
+    copied = collate([*items, None], np.arange(5))
+    assert torch.equal(batch.pixels, copied.pixels)
+    assert (batch.pixels[3:] == 128).all()
+    for place in range(3):
+        alone = fn(packed(place) | {"jpg": images[place]}, rng(place)).pixels
+        assert (batch.pixels[place].numpy() == alone).all()
+        if augment is None:
+            assert (alone == decode_image(images[place], 48)).all()
+
+
+def test_memory_is_used_again_only_when_no_view_of_it_is_left():
+    first = take(3, 50, 7)
+    first.fill_(1)
+    row = first.view(-1)[5:9].numpy()
+    address = first.data_ptr()
+    del first
+    second = take(3, 50, 7)
+    second.fill_(2)
+    assert row.tolist() == [1, 1, 1, 1]
+    assert second.data_ptr() != address
+    del row
+    assert take(7, 150).data_ptr() == address  # any shape of as many bytes
+
+
+def test_no_more_memory_is_kept_than_a_loader_has_in_hand():
+    many = [take(11, 13) for _ in range(KEPT + 4)]
+    many.clear()
+    assert len(_waiting[11 * 13]) == KEPT

@@ -7,6 +7,8 @@ import shutil
 import sys
 from pathlib import Path
 
+import pytest
+
 from dermfm import zero
 
 
@@ -24,3 +26,12 @@ def test_what_deepspeed_builds_stays_in_this_environment_unless_another_folder_i
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/elsewhere")
     zero.ready("cpu")
     assert os.environ["TORCH_EXTENSIONS_DIR"] == "/elsewhere"
+
+
+@pytest.mark.parametrize(("device", "stage", "contiguous"), [("cpu", 1, False), ("cpu", 2, None), ("cuda:0", 1, None)])
+def test_gradients_are_not_copied_at_stage_1_on_a_cpu(device, stage, contiguous):
+    found = zero.deepspeed_json(
+        zero.ZeroConfig(stage=stage), micro_batch=2, num_micro=1, world=2, optimizer={"lr": 1e-3}, device=device,
+        num_learning=1000, num_parameters=2000,
+    )  # fmt: skip
+    assert found["zero_optimization"].get("contiguous_gradients") is contiguous

@@ -24,6 +24,7 @@ from dermfm.notes.engines.folders import (
     sees_images,
 )
 from dermfm.notes.engines.grammar import Grammars
+from dermfm.notes.engines.grouped import use_grouped_attention
 from dermfm.notes.engines.pictures import decode_with_pictures, picture_inputs
 from dermfm.notes.engines.protocol import EngineConfig, Generation, Request
 from dermfm.notes.engines.schema import most_tokens, settle
@@ -192,6 +193,8 @@ def build(config: EngineConfig, seat: Seat | None = None) -> TransformersEngine:
     model: Any = loader.from_pretrained(folder, dtype=getattr(torch, dtype), **how).eval()
     if table is None:
         model = model.to("cuda" if cuda else "cpu")
+        if not images:
+            use_grouped_attention(model)
     processor = AutoProcessor.from_pretrained(folder) if images else None
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if tokenizer.chat_template is None and (processor is None or processor.chat_template is None):

@@ -14,10 +14,10 @@ from dermfm.records.measure.shape import asymmetry, irregularity, relative_size
 from dermfm.records.measure.skin import band, fitzpatrick, skin_angle
 from dermfm.records.measure.texture import texture
 
-VERSION = 2  # raise it when a measure changes: older values are measured again
+VERSION = 3  # raise it when a measure changes: older values are measured again
 ASYMMETRIC = 0.13  # from which a lesion is called asymmetric
 SHARP, INDISTINCT = 0.55, 0.4  # sharpness above and below which a border is called so; between: mixed
-MIN_CONFIDENCE = 0.15  # of the mask, below which the lesion counts as not found and nothing of it is told
+MIN_CONFIDENCE = 0.23  # of the mask, below which the lesion counts as not found and nothing of it is told
 
 
 def measure(pixels: np.ndarray) -> dict[str, Any]:

@@ -15,23 +15,22 @@ NUM_STEPS = 41
 WIDTHS = np.geomspace(0.05, 0.8, 24)  # logistic scales tried, of the reach
 SHIFTS = np.linspace(-0.5, 0.5, 17)  # how far the true border may lie from the mask's, of the reach
 EDGE_RANGE = 18.0  # L* by which neighbours differ where something sharp may lie
-BLUR_FLOOR, BLUR_SHARE = 0.6, 0.25  # pixels of logistic scale, and per pixel of `sharpest_edge`; set on the atlas
+BLUR_FLOOR, BLUR_SHARE = 0.4, 0.25  # pixels of logistic scale, and per pixel of `sharpest_edge`; set on the atlas
 HALF_SHARP = 0.03  # logistic scale in radii at which sharpness is one half
+SCALE_ERROR, PRIOR_SPREAD = 0.08, 1.0  # deviations of logarithms: of a scale that was read off, of widths in general
+_WIDTHS = np.geomspace(0.002, 0.4, 64)
 
 
 @dataclass(frozen=True)
 class Border:
-    """width: mean logistic scale of the border in lesion radii, freed of the camera's blur; spread: deviation of its
+    """width: mean logistic scale of the border in lesion radii, freed of the camera's blur; sharpness: 1 for a step,
+    one half at a width of HALF_SHARP, towards 0 for a border that fades away; spread: deviation of the width's
     logarithm along the border; fit: how well the rays follow a logistic, 0…1."""
 
     width: float
+    sharpness: float
     spread: float
     fit: float
-
-    @property
-    def sharpness(self) -> float:
-        """1 for a step, one half at HALF_SHARP, towards 0 for a border that fades away."""
-        return HALF_SHARP / (HALF_SHARP + self.width)
 
 
 def border(lab: np.ndarray, mask: np.ndarray, valid: np.ndarray, edge: float) -> Border | None:
@@ -39,7 +38,7 @@ def border(lab: np.ndarray, mask: np.ndarray, valid: np.ndarray, edge: float) ->
 
     Each ray's colours are projected on the line from its inner to its outer colour; the logistic that correlates best
     with this profile gives the ray's width (a sigmoid across the border: Grana et al. 2003, Melanoma Res 13:465).
-    Blur of the camera adds in squares and is subtracted. None where fewer than a quarter of the rays stay in what is
+    Blur of the camera adds in squares (`_without_blur`). None where fewer than a quarter of the rays stay in what is
     valid.
     """
     size = radius(mask)
@@ -54,8 +53,23 @@ def border(lab: np.ndarray, mask: np.ndarray, valid: np.ndarray, edge: float) ->
         return None
     colours = cv2.remap(lab, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)[usable]
     scale, spread, fit = _fit(colours, reach)
-    blur = BLUR_FLOOR + BLUR_SHARE * edge
-    return Border(float(np.sqrt(max(scale**2 - blur**2, 0.01 * scale**2)) / size), spread, fit)
+    width, sharpness = _without_blur(scale, BLUR_FLOOR + BLUR_SHARE * edge, size)
+    return Border(width, sharpness, spread, fit)
+
+
+def _without_blur(scale: float, blur: float, size: float) -> tuple[float, float]:
+    """(width in radii, sharpness) of a border seen with a logistic scale through a blur, both in pixels; `size` is the
+    lesion's radius.
+
+    Posterior means under a log-normal prior, since the plain difference of squares is noise where the blur is as wide
+    as the border: there the answer tends to a usual border.
+    """
+    seen = np.sqrt((_WIDTHS * size) ** 2 + blur**2)
+    misfit = np.log(scale / seen) / SCALE_ERROR
+    log = -(misfit**2 + (np.log(_WIDTHS / HALF_SHARP) / PRIOR_SPREAD) ** 2) / 2
+    weight = np.exp(log - log.max())
+    weight /= weight.sum()
+    return float(np.exp(weight @ np.log(_WIDTHS))), float(weight @ (HALF_SHARP / (HALF_SHARP + _WIDTHS)))
 
 
 def sharpest_edge(lightness: np.ndarray) -> float:

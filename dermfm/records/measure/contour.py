@@ -8,23 +8,40 @@ without jumps.
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
 
 NUM_ANGLES = 120
 STEP = 0.02  # along a ray, in lesion radii
-REACH = 0.3  # how far the outline may move, in lesion radii
-DEPTH = (0.08, 0.4)  # where the lesion's look is read, in lesion radii inside of the first outline
-SECTOR = 7.0  # deviation in angles over which it is averaged
-PROFILE_SECTOR = 1.0  # and the profile
 MAX_MOVE = 3  # steps by which neighbouring angles may differ
-STIFFNESS = 0.7  # cost of a step between neighbours, in steps of a ray on the wrong side
-LEAST_CONTRAST = 0.15  # of `field`, the least that a lesion differs from skin
+OVERLAP = 16  # angles
+LEAST_CONTRAST = 0.15  # of `unlike`, the least that a lesion differs from skin
 MIN_OVERLAP = 0.7  # of the outline with the first mask; below, the first one stays
 
 
-def refined(unlike: np.ndarray, mask: np.ndarray, valid: np.ndarray) -> np.ndarray:
+@dataclass(frozen=True)
+class Pen:
+    """How freely an outline is drawn. Lengths are in lesion radii, deviations in angles.
+
+    reach: how far the outline may move; depth: where the lesion's look is read, inside of the first outline; sector:
+    deviation over which it is averaged; profile_sector: and the profile; stiffness: cost of a step between neighbours,
+    in steps of a ray on the wrong side.
+    """
+
+    reach: float
+    depth: tuple[float, float]
+    sector: float
+    profile_sector: float
+    stiffness: float
+
+
+COARSE = Pen(0.3, (0.08, 0.4), 7.0, 1.0, 0.7)  # finds the border where one threshold missed it
+FINE = Pen(0.12, (0.04, 0.2), 4.0, 0.6, 0.3)  # follows its lobes and notches
+
+
+def refined(unlike: np.ndarray, mask: np.ndarray, valid: np.ndarray, pen: Pen = COARSE) -> np.ndarray:
     """The mask with its outline moved to where `unlike` is halfway: bool [H, W].
 
     Chan–Vese's two constants taken locally (Lankton and Tannenbaum 2008, IEEE Trans Image Process 17:2029) and the
@@ -37,12 +54,12 @@ def refined(unlike: np.ndarray, mask: np.ndarray, valid: np.ndarray) -> np.ndarr
     size = float(np.sqrt(mask.sum() / np.pi))
     rows, columns = np.nonzero(mask)
     centre = np.array([columns.mean(), rows.mean()])
-    depth = np.arange(0, _farthest(mask, centre) / size + REACH, STEP)
+    depth = np.arange(0, _farthest(mask, centre) / size + pen.reach, STEP)
     x, y = _places(centre, size * depth)
     border = _border_of(mask, x, y)
     seen = cv2.remap(valid.astype(np.float32), x, y, cv2.INTER_LINEAR, borderValue=0)
     values = cv2.remap(unlike, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-    path = _closed_path(_cost(_lesion_share(values, seen, border), seen, border))
+    path = _closed_path(_cost(_lesion_share(values, seen, border, pen), seen, border, pen), pen.stiffness)
     points = centre + size * depth[path][:, None] * _directions()
     out = np.zeros(mask.shape, np.uint8)
     cv2.fillPoly(out, [np.rint(points * 16).astype(np.int32)], 1, shift=4)
@@ -50,49 +67,50 @@ def refined(unlike: np.ndarray, mask: np.ndarray, valid: np.ndarray) -> np.ndarr
     return again if (again & mask).sum() >= MIN_OVERLAP * (again | mask).sum() else mask
 
 
-def _lesion_share(values: np.ndarray, seen: np.ndarray, border: np.ndarray) -> np.ndarray:
+def _lesion_share(values: np.ndarray, seen: np.ndarray, border: np.ndarray, pen: Pen) -> np.ndarray:
     """How far each value [A, D] lies on the way from skin (0) to that side's lesion (1)."""
     below = STEP * (border[:, None] - np.arange(values.shape[1])[None])
-    weight = seen * ((below > DEPTH[0]) & (below < DEPTH[1])) + 1e-4 * (below > 0)
-    total = _round_blur((values * weight).sum(axis=1), SECTOR)
-    lesion = np.maximum(total / np.maximum(_round_blur(weight.sum(axis=1), SECTOR), 1e-6), LEAST_CONTRAST)
+    weight = seen * ((below > pen.depth[0]) & (below < pen.depth[1])) + 1e-4 * (below > 0)
+    total = _round_blur((values * weight).sum(axis=1), pen.sector)
+    lesion = np.maximum(total / np.maximum(_round_blur(weight.sum(axis=1), pen.sector), 1e-6), LEAST_CONTRAST)
     scaled = values / lesion[:, None]
-    return _round_blur(scaled * seen, PROFILE_SECTOR) / np.maximum(_round_blur(seen, PROFILE_SECTOR), 1e-3)
+    return _round_blur(scaled * seen, pen.profile_sector) / np.maximum(_round_blur(seen, pen.profile_sector), 1e-3)
 
 
-def _cost(share: np.ndarray, seen: np.ndarray, border: np.ndarray) -> np.ndarray:
+def _cost(share: np.ndarray, seen: np.ndarray, border: np.ndarray, pen: Pen) -> np.ndarray:
     """[A, D]: cost of putting the outline there; what is not seen costs nothing on either side."""
     known = (seen > 0.5).astype(np.float32)
     inside = np.clip(share - 1, -1, 0) ** 2 * known
     outside = np.clip(share, 0, 1) ** 2 * known
     before = np.cumsum(inside - outside, axis=1)
     away = np.abs(np.arange(share.shape[1])[None] - border[:, None]) * STEP
-    return before + np.where(away > REACH, 1e3, 0.0)
+    return before + np.where(away > pen.reach, 1e3, 0.0)
 
 
-def _closed_path(cost: np.ndarray) -> np.ndarray:
-    """Index of the cheapest path [A] through [A, D] whose neighbours differ by at most MAX_MOVE; found on two turns,
-    of which the middle one is taken, so that its ends meet."""
+def _closed_path(cost: np.ndarray, stiffness: float) -> np.ndarray:
+    """Index of the cheapest path [A] through [A, D] whose neighbours differ by at most MAX_MOVE; found on one turn and
+    OVERLAP angles before and after it, which are cut off, so that its ends meet."""
     num_angles, num_depths = cost.shape
-    turns = np.concatenate([cost, cost])
+    turns = np.concatenate([cost[-OVERLAP:], cost, cost[:OVERLAP]])
     moves = np.arange(-MAX_MOVE, MAX_MOVE + 1)
     padded = np.full(num_depths + 2 * MAX_MOVE, np.inf)
     options = np.lib.stride_tricks.sliding_window_view(padded, num_depths)
-    penalty = STIFFNESS * np.abs(moves)[:, None]
-    places = np.arange(num_depths)
+    current = padded[MAX_MOVE:-MAX_MOVE]
+    penalty = stiffness * np.abs(moves)[:, None]
     back = np.empty(turns.shape, np.int64)
-    padded[MAX_MOVE:-MAX_MOVE] = turns[0]
+    total = np.empty((len(moves), num_depths))
+    current[:] = turns[0]
     for i in range(1, len(turns)):
-        total = options + penalty
-        choice = total.argmin(axis=0)
-        back[i] = places + moves[choice]
-        padded[MAX_MOVE:-MAX_MOVE] = total[choice, places] + turns[i]
-    path = np.empty(len(turns), np.int64)
-    path[-1] = int(padded[MAX_MOVE:-MAX_MOVE].argmin())
-    for i in range(len(turns) - 1, 0, -1):
-        path[i - 1] = back[i, path[i]]
-    half = num_angles // 2
-    return np.roll(path[half : half + num_angles], half)
+        np.add(options, penalty, out=total)
+        total.argmin(axis=0, out=back[i])
+        np.add(total.min(axis=0), turns[i], out=current)
+    steps = (back + np.arange(num_depths) - MAX_MOVE).tolist()
+    place = int(current.argmin())
+    path = [place]
+    for i in range(len(turns) - 1, OVERLAP, -1):
+        place = steps[i][place]
+        path.append(place)
+    return np.array(path[::-1][:num_angles])
 
 
 def _border_of(mask: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:

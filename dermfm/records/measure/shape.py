@@ -14,14 +14,17 @@ def asymmetry(mask: np.ndarray) -> float:
     The overlap of folded halves of Stoecker et al. 1992 (Comput Med Imaging Graph 16:191), about the principal axes
     through the centroid; 0 for an ellipse, at most 1.
     """
-    rows, columns = np.nonzero(mask)
-    centre = np.array([columns.mean(), rows.mean()])
-    points = np.stack([columns, rows], axis=1) - centre
-    _, axes = np.linalg.eigh(np.cov(points.T) + 1e-9 * np.eye(2))
+    shown = mask.astype(np.uint8)
+    moments = cv2.moments(shown, binaryImage=True)
+    centre = np.array([moments["m10"], moments["m01"]]) / moments["m00"]
+    spread = np.array([[moments["mu20"], moments["mu11"]], [moments["mu11"], moments["mu02"]]]) / moments["m00"]
+    _, axes = np.linalg.eigh(spread + 1e-9 * np.eye(2))
+    left, top, width, height = cv2.boundingRect(shown)
+    reach = np.maximum(centre - (left, top), (left + width, top + height) - centre)
     # The mask in its own axes, larger, so that a mirror image is a plain flip.
-    half = int(np.ceil(1.05 * np.abs(points).sum(axis=1).max())) + 2
+    half = int(np.ceil(np.hypot(*reach))) + 2
     turn = np.concatenate([axes.T, (half - axes.T @ centre)[:, None]], axis=1)
-    upright = cv2.warpAffine(mask.astype(np.float32), turn, (2 * half + 1, 2 * half + 1), flags=cv2.INTER_LINEAR) > 0.5
+    upright = cv2.warpAffine(255 * shown, turn, (2 * half + 1, 2 * half + 1), flags=cv2.INTER_LINEAR) > 127
     flips = (upright[::-1], upright[:, ::-1])
     return float(np.mean([1 - (upright & flip).sum() / max(int((upright | flip).sum()), 1) for flip in flips]))
 

@@ -8,6 +8,7 @@ import numpy as np
 # s3:33).
 BANDS = ((55.0, "very light"), (41.0, "light"), (28.0, "intermediate"), (10.0, "tan"), (-30.0, "brown"))
 DARKEST = "dark"
+SAMPLE = 2000  # pixels of skin that are looked at
 MIN_SKIN_B = 6.0  # b* of skin under white light is 10 to 25
 
 
@@ -35,14 +36,15 @@ def skin_angle(lab: np.ndarray, is_skin: np.ndarray) -> tuple[float, float]:
     Shadows and highlights, the outer quarters of lightness, are left out. The confidence falls with little skin and
     with the spread of the angle over it; that the light of a photograph is not calibrated is not in it.
     """
-    skin = lab[is_skin]
-    if len(skin) < 50:
+    places = np.flatnonzero(is_skin)
+    if len(places) < 50:
         return 0.0, 0.0
+    skin = lab.reshape(-1, 3)[places[:: max(1, len(places) // SAMPLE)]]
     low, high = np.quantile(skin[:, 0], [0.25, 0.75])
     middle = skin[(skin[:, 0] >= low) & (skin[:, 0] <= high)]
     lightness, _, b = np.median(middle, axis=0)
     angles = np.degrees(np.arctan2(skin[:, 0] - 50, np.maximum(skin[:, 2], 1e-6)))
     spread = float(np.subtract(*np.quantile(angles, [0.75, 0.25])))
     like_skin = float(np.clip(b / MIN_SKIN_B, 0, 1))  # coloured light: the angle then says little
-    confidence = float(min(1, is_skin.mean() / 0.2) * np.exp(-spread / 40)) * like_skin
+    confidence = float(min(1, len(places) / is_skin.size / 0.2) * np.exp(-spread / 40)) * like_skin
     return typology_angle(float(lightness), float(b)), confidence

@@ -34,6 +34,7 @@ def texture(lightness: np.ndarray, mask: np.ndarray) -> Texture:
     either sign; local deviation is taken in a window of an eighth of the radius.
     """
     size = radius(mask)
+    lightness, mask = _around(mask, lightness, size)
     inner = cv2.erode(mask.astype(np.uint8), np.ones((3, 3), np.uint8), iterations=max(1, round(0.06 * size))) > 0
     if not inner.any():
         return Texture(0, 0, 0.0, 1.0, 0.0)
@@ -47,6 +48,14 @@ def texture(lightness: np.ndarray, mask: np.ndarray) -> Texture:
         flat=float((deviation[inner] < FLAT).mean()),
         resolution=min(1.0, DOT_RADIUS[1] * size / (3 * MIN_PIXELS)),
     )
+
+
+def _around(mask: np.ndarray, lightness: np.ndarray, size: float) -> tuple[np.ndarray, np.ndarray]:
+    """Lightness and mask, cut to the lesion with half a radius around it: nothing farther away counts."""
+    left, top, width, height = cv2.boundingRect(mask.astype(np.uint8))
+    room = int(size / 2) + 2
+    rows, columns = slice(max(0, top - room), top + height + room), slice(max(0, left - room), left + width + room)
+    return np.ascontiguousarray(lightness[rows, columns]), mask[rows, columns]
 
 
 def _blobs(lightness: np.ndarray, inner: np.ndarray, radii: tuple[float, float], size: float) -> int:

@@ -9,6 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from dermfm.model.dermfm import DermFM, ModelConfig
 from dermfm.model.fusion import FusionConfig
 from dermfm.model.summary import REST
+from dermfm.plan import TrainConfig
+from dermfm.scale import parts_of
 
 
 @pytest.fixture(scope="module")
@@ -55,3 +57,12 @@ def test_a_frozen_tower_keeps_no_activations_and_works_once(parts):
 def test_a_model_without_fusion_has_no_such_part(model_config):
     config = ModelConfig(image=model_config.image, text=model_config.text, fusion=FusionConfig(kind="none"))
     assert [part.name for part in DermFM(config).eval().summary()] == ["image tower", "text tower", REST, "total"]
+
+
+def test_a_model_without_data_has_the_same_parts(model, parts):
+    """What `train --dry-run` prints, without weights."""
+    found = {part.name: part for part in parts_of(TrainConfig(run="run", shards="shards", model=model.config))}
+    assert list(found) == list(parts)
+    for name, part in parts.items():
+        assert (found[name].parameters, found[name].trainable) == (part.parameters, part.trainable)
+        assert found[name].flops == part.flops

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from dermfm.config import InputError
 from dermfm.losses import token_cross_entropy
@@ -71,6 +72,14 @@ def test_the_fused_loss_of_half_precision_is_summed_in_float32():
     torch.testing.assert_close(found, expected, rtol=1e-2, atol=0)
 
 
+def test_a_second_backward_of_the_fused_loss_is_an_error_and_not_a_wrong_gradient():
+    hidden, words = torch.randn(5, 4).requires_grad_(), torch.randn(VOCABULARY, 4)
+    loss = token_cross_entropy(hidden, words, torch.arange(5))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="second backward"):
+        loss.backward()
+
+
 def test_a_batch_without_any_note_costs_nothing():
     words = torch.randn(VOCABULARY, 4).requires_grad_()
     loss = token_cross_entropy(torch.zeros(0, 4).requires_grad_(), words, torch.zeros(0, dtype=torch.int64))
@@ -110,6 +119,43 @@ def test_the_captioning_loss_is_the_sum_over_the_tokens_of_valid_notes(decoder, 
         expected += F.cross_entropy(hidden @ decoder.words.T, note[0, 1:], reduction="sum")
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
     assert count.item() == (9 - 1) + (2 - 1)
+
+
+def test_packed_notes_give_every_parameter_and_the_image_the_gradient_of_padded_ones(decoder, images):
+    tokens, lengths = notes()
+    weight = torch.tensor([1.0, 1.0, 0.0])
+    image = images.clone().requires_grad_()
+    inputs = [image, *decoder.parameters()]
+    packed = torch.autograd.grad(decoder(image, tokens, lengths, weight)[0], inputs)
+    hidden = decoder.states(decoder.image_in(image), tokens[:, :-1], lengths - 1)
+    kept = (torch.arange(10)[None] < lengths[:, None] - 1) & (weight[:, None] > 0)
+    plain = F.cross_entropy((hidden @ decoder.words.T)[kept], tokens[:, 1:][kept], reduction="sum")
+    for own, other in zip(packed, torch.autograd.grad(plain, inputs), strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-9, atol=1e-10)
+
+
+def test_padding_of_notes_costs_the_decoder_nothing(decoder, images):
+    """A wider batch of the same notes has as many multiplications; padded ones would have more."""
+    tokens, lengths = notes()
+
+    def work(tokens: torch.Tensor) -> int:
+        with FlopCounterMode(display=False) as counter:
+            decoder(images, tokens, lengths, torch.ones(3))
+        return counter.get_total_flops()
+
+    assert work(F.pad(tokens, (0, 10))) == work(tokens)
+
+
+def test_words_of_float32_get_their_gradient_whole_from_states_of_half_precision():
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(64, 16, generator=generator).bfloat16().requires_grad_()
+    words = torch.randn(40, 16, generator=generator).requires_grad_()
+    targets = torch.randint(VOCABULARY, (64,), generator=generator)
+    token_cross_entropy(hidden, words, targets).backward()
+    plain = words.detach().clone().requires_grad_()
+    F.cross_entropy(hidden.detach().float() @ plain.T, targets, reduction="sum").backward()
+    assert words.grad.dtype == torch.float32
+    torch.testing.assert_close(words.grad, plain.grad, rtol=2e-2, atol=2e-2 * float(plain.grad.abs().max()))
 
 
 def test_no_position_sees_what_comes_after_it_and_all_see_the_image(decoder, images):

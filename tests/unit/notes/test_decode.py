@@ -7,6 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from dermfm.notes.engines.decode import Prefix, Sampling, can_share_prefixes, compute_prefix, decode
+from dermfm.notes.engines.grouped import NAME, use_grouped_attention
 
 STOP = [2]
 EMPTY = Prefix(0, None)
@@ -48,6 +49,24 @@ def test_shared_prefixes_of_different_lengths_change_nothing(model):
     computed = [compute_prefix(model, b) for b in beginnings]
     found = decode(model, rows, [computed[k % 2] for k in range(8)], greedy(8), STOP, 12)
     assert found == [alone(model, beginnings[k % 2] + row, 12) for k, row in enumerate(rows)]
+
+
+def test_attention_without_copies_for_every_query_head_gives_the_same_tokens(model):
+    grouped = LlamaForCausalLM(LlamaConfig(**SHAPE, initializer_range=0.4)).eval()
+    grouped.load_state_dict(model.state_dict())
+    use_grouped_attention(grouped)
+    assert grouped.config._attn_implementation == NAME
+    rows, beginnings = prompts(8), [[5, 6, 7, 8, 9, 10, 11], [20, 21, 22]]
+    computed = [compute_prefix(grouped, b) for b in beginnings]
+    found = decode(grouped, rows, [computed[k % 2] for k in range(8)], greedy(8), STOP, 12)
+    assert found == [alone(model, beginnings[k % 2] + row, 12) for k, row in enumerate(rows)]
+    assert [alone(grouped, row, 6) for row in rows] == [alone(model, row, 6) for row in rows]
+
+
+def test_a_model_whose_heads_have_keys_of_their_own_keeps_its_attention():
+    plain = LlamaForCausalLM(LlamaConfig(**{**SHAPE, "num_key_value_heads": 4}))
+    use_grouped_attention(plain)
+    assert plain.config._attn_implementation == "sdpa"
 
 
 def test_rows_that_end_leave_the_batch_and_the_others_go_on_unchanged(model):

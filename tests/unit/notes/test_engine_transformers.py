@@ -6,10 +6,12 @@ import json
 from dataclasses import replace
 
 import jsonschema
+import numpy as np
 import pytest
 from PIL import Image
 
 from dermfm.config import InputError
+from dermfm.notes.engines.pictures import picture_inputs
 from dermfm.notes.engines.protocol import (
     EngineConfig,
     Request,
@@ -82,6 +84,23 @@ def test_an_image_changes_the_answer_and_its_neighbours_do_not(seeing, pictures)
     assert all(a != b for a, b in zip(together, swapped, strict=True))
     greedy = seeing.generate([replace(requests[0], seed=99)])[0].text
     assert greedy == together[0]
+
+
+def test_images_of_unequal_size_share_a_batch_and_their_pixels_reach_the_model(tiny, tmp_path):
+    folder = tiny.write_tiny_tiling_vlm(tmp_path / "tiling")
+    engine = build_engine(EngineConfig(model=str(folder), max_new_tokens=8, batch_size=4))
+    sizes, names = [(40, 32), (96, 64), (64, 96), (96, 30)], "abcd"
+    noise = np.random.default_rng(5)
+    for name, (width, height) in zip(names, sizes, strict=True):
+        Image.fromarray(noise.integers(0, 256, (height, width, 3), np.uint8)).save(tmp_path / f"{name}.png")
+    requests = [asked("what " * (1 + k), image=str(tmp_path / f"{name}.png")) for k, name in enumerate(names)]
+    counts = [picture_inputs(engine.processor, [r])["input_ids"].shape[1] for r in requests]
+    assert len(set(counts)) == 4  # tiles, and words, differ
+    together = [a.text for a in engine.generate(requests)]
+    assert together == [engine.generate([r])[0].text for r in requests]
+    for name, (width, height) in zip(names, sizes, strict=True):  # other pixels, all else the same
+        Image.fromarray(noise.integers(0, 256, (height, width, 3), np.uint8)).save(tmp_path / f"{name}.png")
+    assert all(a.text != before for a, before in zip(engine.generate(requests), together, strict=True))
 
 
 def test_images_with_options_give_valid_answers(seeing, pictures):

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import os
 import sys
 import tarfile
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,21 +36,25 @@ SCHEMA = {"type": "object", "properties": {"border": {"enum": ["sharp", "indisti
 
 @pytest.fixture(scope="module")
 def sources() -> dict[str, ast.Module]:
-    """The parsed files of vLLM's sdist that `make venv` fetches."""
-    found = sorted((Path(sys.prefix) / "sdist").glob("vllm-*.tar.gz"))
+    """The parsed files of vLLM's sdist that `make venv` fetches, or of a wheel or sdist in the folder $VLLM_SOURCE."""
+    folder = Path(os.environ.get("VLLM_SOURCE") or Path(sys.prefix) / "sdist")
+    found = sorted(path for path in folder.glob("vllm-*") if path.name.endswith((".tar.gz", ".whl")))
     if not found:
         pytest.skip(f"no vllm sdist under {sys.prefix}/sdist; `make venv` fetches it where an index is reached")
-    parsed = {}
-    with tarfile.open(found[-1]) as tar:
+    return {name: ast.parse(text) for name, text in contents(found[-1])}
+
+
+def contents(package: Path) -> Iterator[tuple[str, str]]:
+    """(name, text) of FILES in a wheel or an sdist."""
+    if package.suffix == ".whl":
+        with zipfile.ZipFile(package) as wheel:
+            yield from ((name, wheel.read(name).decode()) for name in FILES & set(wheel.namelist()))
+        return
+    with tarfile.open(package) as tar:
         for member in tar:
             name = member.name.split("/", 1)[-1]
-            if name in FILES:
-                content = tar.extractfile(member)
-                assert content is not None
-                parsed[name] = ast.parse(content.read().decode())
-            if len(parsed) == len(FILES):
-                break
-    return parsed
+            if name in FILES and (content := tar.extractfile(member)) is not None:
+                yield name, content.read().decode()
 
 
 def find(tree: ast.AST, name: str) -> Any:

@@ -7,10 +7,12 @@ from itertools import combinations
 from pathlib import Path
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance
 
+from dermfm.records import keypoints
 from dermfm.records.duplicates import THUMBNAIL, duplicate_pairs, near_hashes, neighbours
 from dermfm.records.groups import DROPPED, assign_groups, drop_copies
 from dermfm.records.images import image_facts
@@ -68,6 +70,28 @@ def test_near_hashes_finds_exactly_the_pairs_within_the_distance(
     assert set(near_hashes([f"{value:016x}" for value in values], distance)) == expected
 
 
+def test_near_hashes_by_bands_are_those_of_comparing_all_with_all() -> None:
+    rng = np.random.default_rng(0)
+    values = rng.integers(0, 2**64, 4500, dtype=np.uint64)
+    values[3000:] = values[:1500]
+    for _ in range(11):  # copies that differ in up to eleven bits, some of them in a single band
+        places = np.where(np.arange(1500) % 3, rng.integers(0, 64, 1500), rng.integers(0, 16, 1500))
+        flip = rng.random(1500) < 0.4
+        values[3000:][flip] ^= np.uint64(1) << places[flip].astype(np.uint64)
+    for distance in (0, 8, 11):
+        naive = [
+            (i, i + 1 + int(j))
+            for i in range(len(values))
+            for j in np.flatnonzero(np.bitwise_count(values[i] ^ values[i + 1 :]) <= distance)
+        ]
+        assert len(naive) > 3
+        assert near_hashes([f"{value:016x}" for value in values], distance) == naive
+
+
+def test_near_hashes_of_many_equal_ones_are_all_pairs() -> None:
+    assert len(near_hashes(["00ff00ff00ff00ff"] * 600 + [f"{i * 7919:016x}" for i in range(4000)], 0)) == 600 * 599 // 2
+
+
 def copies_among(pictures: list[Image.Image], folder: Path, distance: int = 8) -> set[tuple[int, int]]:
     """What `duplicate_pairs` finds among the pictures, each saved at another JPEG quality."""
     paths = [folder / f"{i}.jpg" for i in range(len(pictures))]
@@ -113,6 +137,16 @@ def test_two_dark_spots_on_pale_skin_are_not_taken_for_the_same_photograph(tmp_p
     thumbnails = [image_facts(tmp_path / f"{i}.jpg").thumbnail for i in range(2)]
     assert set(neighbours(thumbnails)) == {(0, 1)}
     assert copies_among([spots[0], spots[0].crop((10, 8, 152, 150))], tmp_path) == {(0, 1)}
+
+
+def test_copies_are_confirmed_alike_in_one_process_and_in_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keypoints, "POOL_FROM", 1)
+    spots = [spot_on_skin(3), spot_on_skin(4), spot_on_skin(3).crop((10, 8, 152, 150))]
+    paths = [tmp_path / f"{i}.png" for i in range(3)]
+    for path, picture in zip(paths, spots, strict=True):
+        picture.save(path)
+    pairs = [(0, 1), (0, 2), (1, 2)]
+    assert keypoints.confirmed(paths, pairs, 8, 1) == keypoints.confirmed(paths, pairs, 8, 2) == {(0, 2)}
 
 
 def test_features_agree_only_where_one_similarity_transform_carries_them_over() -> None:

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 
-from dermfm.records.measure.attributes import measure
+from dermfm.records.measure.attributes import MIN_CONFIDENCE, measure
 from dermfm.records.measure.border import border
 from dermfm.records.measure.colour import colour_words
 from dermfm.records.measure.columns import COLOURS, SCHEMA
@@ -48,7 +48,7 @@ def test_the_mask_of_a_disc_is_the_disc_whatever_its_colour() -> None:
 
 def test_bare_skin_has_no_lesion_and_tells_only_its_tone() -> None:
     row = measure(drawn(np.zeros((200, 240))))
-    assert row["measured_mask_confidence"] < 0.15
+    assert row["measured_mask_confidence"] < MIN_CONFIDENCE
     assert row["measured_asymmetry"] is row["measured_colours"] is None
     assert row["measured_skin_tone"] is not None
     assert set(row) == set(SCHEMA.names)

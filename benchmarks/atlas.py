@@ -1,0 +1,82 @@
+"""Where truth is known: what a model learns of the embedded atlas, against what was drawn.
+
+  python benchmarks/atlas.py [--run runs/atlas-truth] [--quick]
+
+Trains configs/atlas-truth.yaml into the folder unless that is done (it continues where it stopped), and then prints
+  - how often the map of a colour word lies more on pixels of that colour than the map of another colour of the same
+    lesion does, with the read-out chosen on the validation split (one half: the map does not depend on its word);
+  - F1 of the attributes that its reports state;
+  - how often the matching head prefers the own note to another, random or hard.
+`--quick` takes few pictures and one epoch: it shows that everything runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this script's own folder would shadow `shards`
+
+from benchmarks.shared.figures import figure, show
+
+JOBS = ("records", "notes", "shards", "train")
+QUICK = [
+    "records.atlas.num_dermo=240",
+    "records.valid=0.2",
+    "records.test=0.2",
+    "train.epochs=1",
+    "train.validation.every=-1",
+]
+
+
+def train(out: Path, quick: bool) -> None:
+    """The chain as far as the checkpoint; what is done is kept."""
+    from dermfm.config import load
+    from dermfm.pipeline import PipelineConfig
+    from launch.demo import run_job
+
+    changes = [f"out={out}", *(QUICK if quick else [])]
+    config = load(PipelineConfig, "configs/atlas-truth.yaml", changes)
+    for job in JOBS:
+        if code := run_job(job, getattr(config, job), out / "jobs"):
+            raise SystemExit(code)
+
+
+def measure(out: Path, threads: int) -> list[dict[str, Any]]:
+    """All figures of a trained run."""
+    from dermfm.checkpoint import load_model
+    from dermfm.evaluate.atlas import colour_maps, matching_accuracy, read_cases, report_scores
+    from dermfm.evaluate.source import find_source
+
+    model = load_model(str(find_source(str(out), None).checkpoint), "cpu")
+    valid, test = (read_cases(out, split, model.image_size) for split in ("valid", "test"))
+    maps = colour_maps(model, valid, test)
+    print(f"read-out: {maps['read_out']} ({maps['valid_pairs']:.3f} of the pairs of the validation split)")
+    rows = [
+        figure("colour word on its colour, pairs of colours", maps["pairs"], 0.5, "share", 0.8, threads=threads),
+        figure("colour word on its colour, lesions", maps["images"], None, "share", 0.8, threads=threads),
+    ]
+    for kind, value in report_scores(model, test).items():
+        goal = 0.9 if kind == "all" else None
+        rows.append(figure(f"reports, F1 of {kind}", value, None, "F1", goal, threads=threads))
+    for kind, value in matching_accuracy(model, test).items():
+        rows.append(figure(f"own note over a {kind} one", value, 0.5, "share", None, threads=threads))
+    return rows
+
+
+def main() -> None:
+    """Print a table for people and one JSON object a line for each figure; `goal` is of `ours`, not of the ratio."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--quick", action="store_true", help="few pictures, one epoch")
+    parser.add_argument("--run", default="", help="folder of the chain; runs/atlas-truth")
+    given = parser.parse_args()
+    out = Path(given.run or ("runs/atlas-truth-quick" if given.quick else "runs/atlas-truth"))
+    train(out, given.quick)
+    show(measure(out, int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""The two-layer perceptron of a block, which does not keep what its activation gives.
+
+That output is the largest thing that a transformer block would keep for the backward pass, and the cheapest to compute
+again from its input, which is kept anyway. The matrix products are not run again: recomputation stops as soon as the
+second layer has its input.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import timm.layers
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+class Mlp(nn.Sequential):
+    """Linear, GELU, Linear."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """x [..., D] → [..., D]."""
+        first, activation, second = self
+        return activate_and_project(activation, second, first(input))
+
+
+def mlp(width: int, ratio: float) -> Mlp:
+    """The perceptron of a block of `width` channels with `width` · `ratio` hidden ones."""
+    hidden = int(width * ratio)
+    return Mlp(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+
+
+def activate_and_project(activation: nn.Module, second: nn.Module, hidden: Tensor) -> Tensor:
+    """second(activation(hidden)), keeping only `hidden` for the backward pass."""
+
+    def run(hidden: Tensor) -> Tensor:
+        return second(activation(hidden))
+
+    in_shards = any(hasattr(p, "ds_id") for p in second.parameters())  # ZeRO stage 3 would gather the layer once more
+    if in_shards or not torch.is_grad_enabled() or not hidden.requires_grad or torch.compiler.is_compiling():
+        return run(hidden)
+    return checkpoint(run, hidden, use_reentrant=False, preserve_rng_state=False)
+
+
+def use_lean_mlps(body: nn.Module) -> None:
+    """Let the perceptrons of a timm transformer keep as little; those with dropout, a norm or convolutions stay."""
+    for module in body.modules():
+        if isinstance(module, timm.layers.Mlp) and _is_plain(module):
+            module.forward = functools.partial(_forward, module)  # type: ignore[method-assign]
+
+
+def _is_plain(module: Any) -> bool:
+    return (
+        isinstance(module.fc1, nn.Linear)
+        and isinstance(module.norm, nn.Identity)
+        and module.drop1.p == module.drop2.p == 0
+    )
+
+
+def _forward(module: Any, x: Tensor) -> Tensor:
+    return activate_and_project(module.act, module.fc2, module.fc1(x))

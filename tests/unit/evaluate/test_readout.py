@@ -1,0 +1,209 @@
+"""Read-outs are the fusion's own weights, hits are what a ruler gives, and attributes are read as they are written."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dermfm.evaluate import readout
+from dermfm.evaluate.atlas import Case, attribute_f1, attributes_of, examples, matching_accuracy
+from dermfm.evaluate.readout import (
+    Example,
+    ReadOut,
+    cell_shares,
+    choose_read_out,
+    fusion_maps,
+    read_outs,
+    score_read_out,
+)
+from dermfm.model.fusion import Fusion, FusionConfig, masked_mean
+
+DEPTH, HEADS, TOKENS, CELLS, WIDTH = 2, 2, 5, 9, 8
+
+
+class Towers(nn.Module):
+    """A fusion between towers that give fixed tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        config = FusionConfig(depth=DEPTH, heads=HEADS, width=WIDTH)
+        self.config = SimpleNamespace(fusion=config)
+        self.fusion, self.match_head = Fusion(config, WIDTH, WIDTH), nn.Linear(WIDTH, 1)
+        self.seen, self.read = torch.randn(2, CELLS, WIDTH), torch.randn(2, TOKENS, WIDTH)
+
+    def encode_image(self, pixels):
+        return None, self.seen
+
+    def encode_text(self, tokens, lengths):
+        return None, self.read
+
+
+def test_plain_read_outs_are_the_weights_that_the_fusion_returns():
+    model, lengths = Towers(), torch.tensor([5, 3])
+    maps = fusion_maps(model, torch.zeros(2), torch.zeros(2), lengths)
+    names = read_outs(model)
+    assert maps.shape == (len(names), 2, TOKENS, CELLS)
+    weights = model.fusion(model.seen, model.read, lengths, True)[1]
+    heads = [maps[i] for i, r in enumerate(names) if r.head >= 0 and not r.gradient]
+    means = [maps[i] for i, r in enumerate(names) if r.head < 0 and not r.gradient]
+    torch.testing.assert_close(torch.stack(heads).mean(0), weights.mean(1))
+    torch.testing.assert_close(torch.stack(means).mean(0), weights.mean(1))
+
+
+def test_gradient_read_outs_are_weights_times_what_a_change_of_the_weight_does_to_the_match():
+    """The last block's weight of one head, token and cell is moved a little, and the match logit read off."""
+    model, lengths = Towers().double(), torch.tensor([5, 3])
+    model.seen, model.read = model.seen.double(), model.read.double()
+    maps = fusion_maps(model, torch.zeros(2), torch.zeros(2), lengths)
+    row = read_outs(model).index(ReadOut(DEPTH - 1, 1, True))
+    cross = model.fusion.blocks[DEPTH - 1].cross_attention
+    plain, moved = cross.forward, {}
+
+    def match(step: float) -> float:
+        def forward(x, context, lengths_q, lengths_k, weights=False):
+            q, (k, v) = cross._heads(cross.query(x)), cross.memory(context)
+            scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
+            p = scores.softmax(-1)
+            moved["weight"] = p[0, 1, 2, 4].item()
+            p = p.clone()
+            p[0, 1, 2, 4] += step
+            out = torch.einsum("bhqk,bkhd->bqhd", p, v)
+            return cross.out(out.flatten(2)), p if weights else None
+
+        cross.forward = forward
+        try:
+            fused = model.fusion(model.seen, model.read, lengths)[0]
+        finally:
+            cross.forward = plain
+        return float(model.match_head(masked_mean(fused, lengths))[0].detach())
+
+    slope = (match(1e-4) - match(-1e-4)) / 2e-4
+    assert float(maps[row, 0, 2, 4]) == pytest.approx(max(slope * moved["weight"], 0), abs=1e-6)
+
+
+def test_a_fusion_without_attention_has_nothing_to_read():
+    model = SimpleNamespace(fusion=nn.Identity(), config=SimpleNamespace(fusion=SimpleNamespace(kind="late")))
+    with pytest.raises(ValueError, match="late"):
+        fusion_maps(model, torch.zeros(1), torch.zeros(1), torch.ones(1))
+
+
+@pytest.mark.parametrize(("side", "cells"), [(12, 4), (10, 4), (7, 3), (3, 5)])
+def test_shares_of_cells_are_those_of_a_picture_enlarged_until_cells_cut_no_pixel(side, cells):
+    region = np.random.default_rng(side).random((side, side)) < 0.4
+    whole = np.kron(region, np.ones((cells, cells)))  # side · cells pixels: `side` of them a cell
+    expected = whole.reshape(cells, side, cells, side).mean((1, 3))
+    np.testing.assert_allclose(cell_shares(region, (cells, cells)), expected, atol=1e-12)
+
+
+def left_and_right() -> Example:
+    region = np.zeros((8, 8), bool)
+    region[:, :4] = True
+    words = {"red": (0, 3), "blue": (4, 8)}
+    return Example(np.zeros((3, 8, 8), np.uint8), "red blue", words, {"red": region, "blue": ~region})
+
+
+@pytest.mark.parametrize(("swap", "expected"), [(False, 1.0), (True, 0.0)])
+def test_a_map_on_its_own_region_is_a_hit_and_on_the_other_s_is_none(swap, expected):
+    left, right = np.array([1, 0, 1, 0]) + 0.1, np.array([0, 1, 0, 1]) + 0.1
+    maps = np.stack([right, left] if swap else [left, right])[None]
+    hits = readout._hits(maps, [(0, 3), (4, 8)], left_and_right(), (2, 2))
+    assert hits.shape == (1, 2)
+    assert hits.mean() == expected
+
+
+def test_a_map_that_does_not_depend_on_its_word_is_no_hit():
+    maps = np.random.default_rng(0).random((1, 1, 4)).repeat(2, 1)
+    assert not readout._hits(maps, [(0, 3), (4, 8)], left_and_right(), (2, 2)).any()
+
+
+def test_the_read_out_is_chosen_on_one_set_and_scored_on_another(monkeypatch):
+    model = Towers()
+    rows = len(read_outs(model))
+    valid, test = np.zeros((rows, 4), bool), np.zeros((rows, 4), bool)
+    valid[5], test[5, :3], test[6] = True, True, True
+    monkeypatch.setattr(readout, "pair_hits", lambda model, which: [which])
+    chosen, rate = choose_read_out(model, valid)
+    assert (chosen, rate) == (read_outs(model)[5], 1.0)
+    assert score_read_out(model, test, chosen) == {"pairs": 0.75, "images": 1.0, "num_images": 1}
+
+
+def test_attributes_are_read_as_they_are_written():
+    found = attributes_of("Asymmetric, mixed border; light brown, blue-gray; dots, pigment network.")
+    assert found == {
+        "asymmetry": {"asymmetric"},
+        "border": {"mixed"},
+        "colours": {"light brown", "blue-gray"},
+        "structures": {"dots", "pigment network"},
+    }
+    assert attributes_of("symmetric, sharp border; red; globules.")["asymmetry"] == {"symmetric"}
+    assert not any(attributes_of("A reddish patient, structured.").values())
+
+
+def test_f1_is_scikit_learn_s_over_the_indicators_of_all_attributes():
+    from sklearn.metrics import f1_score
+    from sklearn.preprocessing import MultiLabelBinarizer
+
+    said = ["symmetric, sharp border; red; dots", "asymmetric, mixed border; red, black; globules", ""]
+    true = ["asymmetric, sharp border; red; dots, globules", "asymmetric, mixed border; black; dots", "symmetric, red"]
+    sides = [[attributes_of(text) for text in texts] for texts in (said, true)]
+    found = attribute_f1(*sides)
+    for kind in ("colours", "structures", "asymmetry", "border"):
+        rows = [[sorted(one[kind]) for one in side] for side in sides]
+        coder = MultiLabelBinarizer().fit(rows[0] + rows[1])
+        expected = f1_score(coder.transform(rows[1]), coder.transform(rows[0]), average="micro", zero_division=0)
+        assert found[kind] == pytest.approx(expected), kind
+    rows = [[sorted(word for words in one.values() for word in words) for one in side] for side in sides]
+    coder = MultiLabelBinarizer().fit(rows[0] + rows[1])
+    assert found["all"] == pytest.approx(f1_score(coder.transform(rows[1]), coder.transform(rows[0]), average="micro"))
+
+
+class Numbers:
+    """A tokenizer of notes that are numbers."""
+
+    pad_token_id = 0
+
+    def __call__(self, texts, **_):
+        return {"input_ids": [[int(text)] for text in texts]}
+
+
+class Matcher(nn.Module):
+    """Says of a note how red it is, and of an image how red it is; they match as far as both agree."""
+
+    def __init__(self, knows: bool) -> None:
+        super().__init__()
+        self.knows, self.scale = knows, nn.Parameter(torch.ones(1))
+        self.config = SimpleNamespace(text=SimpleNamespace(max_tokens=8))
+        self.tokenizer = Numbers()
+
+    def encode_text(self, tokens, lengths):
+        red = tokens[:, :1].float()
+        return torch.cat([red, torch.ones_like(red)], 1), red[:, None]
+
+    def encode_image(self, pixels):
+        red = pixels[:, 0, 0, :1].float()
+        return torch.cat([2 * red, -(red**2)], 1), red[:, None]
+
+    def match(self, image, text, lengths):
+        return -(image - text).abs()[:, 0, 0] if self.knows else (text - image)[:, 0, 0]
+
+
+@pytest.mark.parametrize(("knows", "expected"), [(True, 1.0), (False, 0.5)])
+def test_matching_accuracy_is_one_for_a_head_that_knows_and_a_half_for_one_that_sees_the_note_alone(knows, expected):
+    cases = [Case(np.full((3, 2, 2), red, np.uint8), str(red), {}, {}) for red in range(1, 101)]
+    found = matching_accuracy(Matcher(knows), cases)
+    assert found.keys() == {"random", "hard"}
+    assert found["random"] == pytest.approx(expected, abs=0.15)
+
+
+def test_only_lesions_with_two_coloured_regions_can_be_asked():
+    region = np.ones((4, 4), bool)
+    two = Case(np.zeros((3, 4, 4), np.uint8), "symmetric; red, black; dots.", {}, {"red": region, "black": region})
+    one = dataclasses.replace(two, regions={"red": region})
+    (example,) = examples([one, two])
+    assert {word: example.text[a:b] for word, (a, b) in example.words.items()} == {"red": "red", "black": "black"}
