@@ -142,7 +142,7 @@ def ddp_step(model: DermFM, fused: bool) -> Callable[[Batch], Tensor]:
     optimizer = torch.optim.AdamW(groups, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=fused)
     ddp = nn.parallel.DistributedDataParallel(module)
 
-    def step(batch: Batch) -> None:
+    def step(batch: Batch) -> Tensor:
         optimizer.zero_grad()
         loss = ddp(batch)
         loss.backward()
@@ -164,7 +164,7 @@ def deepspeed_step(model: DermFM, world: int) -> Callable[[Batch], Tensor]:
     )  # fmt: skip
     engine = zero.initialize(model, parameter_groups(model, config), settings, "cpu")
 
-    def step(batch: Batch) -> None:
+    def step(batch: Batch) -> Tensor:
         loss = loss_of(engine, batch)
         engine.backward(loss, scale_wrt_gas=False)
         engine.step()

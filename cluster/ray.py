@@ -91,8 +91,10 @@ def _start_local(num_cpus: int | None) -> str:
             try:
                 _init_local(num_cpus, folder)
                 return folder
-            except Exception as error:  # Ray's own: no common type
+            except BaseException as error:  # Ray's own have no common type
                 shutil.rmtree(folder, ignore_errors=True)
+                if not isinstance(error, Exception):
+                    raise
                 if start == STARTS:
                     told = (str(error).splitlines() or [type(error).__name__])[0]
                     raise RayError(f"Ray does not start on this machine: {told}") from error

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 POLL_S = 1.0
 PATIENCE_S = 120.0  # a server that starts, or a busy one, gives its own parts 10 s and answers with an error after them
+ASKED_S = 5.0  # for who only looks
 STOP_S = 120  # what a job that is told to stop gets for its checkpoint; Ray's own 3 s are too few
 LOG_BYTES = 1_000_000  # of log that make the polls of it a second rarer: the server sends all of it each time
 TAIL_LINES = 50
@@ -62,7 +63,7 @@ def follow(address: str, job_id: str) -> int:
     while True:
         info = _known(client, address, job_id)
         ended = info.status.value in ENDED
-        log = _log(client, job_id)
+        log = _log(client, job_id, patient=ended)
         print(log[shown:], end="", flush=True)
         shown = max(shown, len(log))
         if ended:
@@ -77,7 +78,7 @@ def state(address: str, job_id: str) -> dict[str, str]:
     """
     client = _client(address)
     try:
-        info = _patiently(lambda: _info(client, job_id))
+        info = _patiently(lambda: _info(client, job_id), ASKED_S)
     except (RuntimeError, OSError) as error:
         raise _gone(address, error) from error
     if info is None:
@@ -97,9 +98,9 @@ def stop(address: str, job_id: str) -> None:
         raise _gone(address, error) from error
 
 
-def _patiently(call: Callable[[], T]) -> T:
-    """What a call gives, made again for PATIENCE_S where the server fails (5xx) or does not answer."""
-    end = time.monotonic() + PATIENCE_S
+def _patiently(call: Callable[[], T], patience_s: float = PATIENCE_S) -> T:
+    """What a call gives, made again for `patience_s` where the server fails (5xx) or does not answer."""
+    end = time.monotonic() + patience_s
     while True:
         try:
             return call()
@@ -129,10 +130,10 @@ def _known(client: Any, address: str, job_id: str) -> Any:
     return info
 
 
-def _log(client: Any, job_id: str) -> str:
-    """All that a job has printed; nothing while the server cannot say."""
+def _log(client: Any, job_id: str, patient: bool = False) -> str:
+    """All that a job has printed; nothing while the server cannot say, which is waited for if `patient`."""
     try:
-        return client.get_job_logs(job_id)
+        return _patiently(lambda: client.get_job_logs(job_id)) if patient else client.get_job_logs(job_id)
     except (RuntimeError, OSError):
         return ""
 

@@ -133,6 +133,8 @@ def matching_accuracy(model: Any, cases: Sequence[Case]) -> dict[str, float]:
     embedded, states = model.encode_text(tokens, lengths)
     for i, case in enumerate(cases):
         others = rng.permutation(np.flatnonzero(texts != case.text))[:CANDIDATES]
+        if not len(others):
+            continue
         image, seen = model.encode_image(torch.from_numpy(case.pixels)[None].to(device))
         hard = others[int((embedded[torch.from_numpy(others).to(device)] @ image[0]).argmax())]
         rows = torch.tensor([i, int(others[0]), int(hard)], device=device)

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dermfm.config import InputError
 from dermfm.model.fusion import masked_mean
 from dermfm.samples import tokenize
 
@@ -61,10 +62,8 @@ def fusion_maps(model: Any, pixels: Tensor, tokens: Tensor, lengths: Tensor) -> 
 
     Non-negative, not normalised. ValueError where the model's fusion has no attention.
     """
-    if not hasattr(getattr(model, "fusion", None), "with_maps"):
-        raise ValueError(
-            f"model.fusion.kind: '{model.config.fusion.kind}' has no attention to read; use cross or early"
-        )
+    if model.config.fusion.kind != "cross":
+        raise ValueError(f"model.fusion.kind: '{model.config.fusion.kind}' has no maps to read; use cross")
     with torch.no_grad():
         image, text = model.encode_image(pixels)[1], model.encode_text(tokens, lengths)[1]
     with torch.enable_grad():
@@ -150,5 +149,7 @@ def score_read_out(model: Any, examples: Sequence[Example], read_out: ReadOut) -
 
 def hit_rates(hits: Sequence[np.ndarray]) -> np.ndarray:
     """Share of hits [R] over all pairs of all examples."""
-    together = np.concatenate([h for h in hits if h.shape[1]], axis=1)
-    return together.mean(1)
+    found = [h for h in hits if h.shape[1]]
+    if not found:
+        raise InputError("shards: none of the lesions looked at has two of the words' regions; give more lesions")
+    return np.concatenate(found, axis=1).mean(1)

@@ -123,9 +123,9 @@ class Decoder(nn.Module):
         image_tokens [B, P, Di], tokens int64 [B, T], lengths int64 [B], weight [B] (notes with 0 do not count).
         """
         image, read, aims = self.image_in(image_tokens), tokens[:, :-1], tokens[:, 1:]
-        counted = torch.where(weight > 0, lengths - 1, 0)  # a note that does not count is not read either
+        counted = torch.where(weight > 0, lengths - 1, 0).clamp(min=0)  # a note that does not count is not read either
         counts = torch.arange(read.shape[1], device=tokens.device)[None] < counted[:, None]
-        if is_fake(tokens):
+        if is_fake(tokens) or not counted.any():  # of no tokens, packed, not every parameter would get a gradient
             hidden = self.states(image, read, lengths - 1)[counts]
         else:
             hidden = self._packed_states(image, read, counted)

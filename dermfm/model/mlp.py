@@ -7,13 +7,29 @@ second layer has its input.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import timm.layers
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+# A trace of what a rank of ZeRO stage 3 does, whose parameters are whole in the trace, sets it.
+KEEPS_ALL: contextvars.ContextVar[bool] = contextvars.ContextVar("KEEPS_ALL", default=False)
+
+
+@contextlib.contextmanager
+def kept(all_of_it: bool) -> Iterator[None]:
+    """Perceptrons keep all, as at ZeRO stage 3, or what they keep anyway."""
+    token = KEEPS_ALL.set(all_of_it)
+    try:
+        yield
+    finally:
+        KEEPS_ALL.reset(token)
 
 
 class Mlp(nn.Sequential):
@@ -37,8 +53,9 @@ def activate_and_project(activation: nn.Module, second: nn.Module, hidden: Tenso
     def run(hidden: Tensor) -> Tensor:
         return second(activation(hidden))
 
-    in_shards = any(hasattr(p, "ds_id") for p in second.parameters())  # ZeRO stage 3 would gather the layer once more
-    if in_shards or not torch.is_grad_enabled() or not hidden.requires_grad or torch.compiler.is_compiling():
+    # ZeRO stage 3 would gather the layer once more.
+    keeps = KEEPS_ALL.get() or any(hasattr(p, "ds_id") for p in second.parameters())
+    if keeps or not torch.is_grad_enabled() or not hidden.requires_grad or torch.compiler.is_compiling():
         return run(hidden)
     return checkpoint(run, hidden, use_reentrant=False, preserve_rng_state=False)
 
@@ -46,7 +63,7 @@ def activate_and_project(activation: nn.Module, second: nn.Module, hidden: Tenso
 def use_lean_mlps(body: nn.Module) -> None:
     """Let the perceptrons of a timm transformer keep as little; those with dropout, a norm or convolutions stay."""
     for module in body.modules():
-        if isinstance(module, timm.layers.Mlp) and _is_plain(module):
+        if type(module) is timm.layers.Mlp and _is_plain(module):
             module.forward = functools.partial(_forward, module)  # type: ignore[method-assign]
 
 

@@ -36,11 +36,14 @@ KINDS = (
 )  # fmt: skip
 OPPOSITE = {"symmetric": "asymmetric", "asymmetric": "symmetric"}
 NO_UNIT = r"(?! ?(?:[x×%-]|\.\d|[cm]m\b|millim|centim|days?\b|weeks?\b|months?\b))\b"  # behind a number that is an age
+BEHIND_AGE = r"(?=[,.;)]|$| (?:with|who|has|had|presents|presented|and)\b)"  # not "a woman, 3 papules on the arm"
 AGES = (
     re.compile(r"\b(\d{1,3})[- ]years?[- ]?olds?\b"),
     re.compile(r"\b(\d{1,3}) years of age\b"),
     re.compile(r"\baged?:? (?:of |is |was )?(\d{1,3})\b"),
-    re.compile(rf"\b(?:man|woman|male|female|boy|girl|lady|gentleman)(?:,? of|,| \(|, aged?)? (\d{{1,3}}){NO_UNIT}"),
+    re.compile(
+        rf"\b(?:man|woman|male|female|boy|girl|lady|gentleman)(?:,? of |, | \(|, aged? | )(\d{{1,3}}){BEHIND_AGE}"
+    ),
     re.compile(rf"\b(?:he|she|patient) (?:is|was) (\d{{1,3}}){NO_UNIT}"),
 )  # each with the number
 HEADING = re.compile(r"\bmalignancy(?: status)?(?::| is| was)(?= (?:benign|pre|malignant))")  # it claims nothing itself
@@ -177,7 +180,7 @@ def _contradicted(clean: str, facts: Facts) -> Iterator[tuple[str, str]]:
 
 def _is_idle(clean: str, match: re.Match[str]) -> bool:
     """Whether a place is named without the lesion being put there."""
-    return said.is_negated(clean, match.start()) or said.is_aside(clean, match.start())
+    return said.is_negated(clean, match.start(), match.end()) or said.is_aside(clean, match.start())
 
 
 def _against_diagnosis(clean: str, given: str) -> Iterator[str]:
@@ -189,7 +192,10 @@ def _against_diagnosis(clean: str, given: str) -> Iterator[str]:
             yield claim.term
     blank = without(clean, [*phrases_of("class_names"), given])
     for match in re.finditer(rf"(?<![\w-])(?:{'|'.join(terms()['other_diagnoses'])})\b", blank):
-        if not (said.is_negated(clean, match.start()) or said.is_aside(clean, match.start())) and match[0] not in given:
+        if (
+            not (said.is_negated(clean, match.start(), match.end()) or said.is_aside(clean, match.start()))
+            and match[0] not in given
+        ):
             yield match[0]
     for one, other in (("in situ", "invasive"), ("invasive", "in situ")):
         if one in given and other not in given and states_phrase(clean, other):

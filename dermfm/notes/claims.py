@@ -21,16 +21,16 @@ ITEM = r"[\w-]+(?: [\w-]+){0,2}"
 DENIED_LIST = re.compile(rf"\b(?:no|without|neither|free of|lacks|lacking) {ITEM}(?:, {ITEM})*,? (?:or|nor) ")
 # "melanoma is unlikely": the negation follows what it negates
 DENIED_BEHIND = re.compile(
-    r"[\w-]*(?: or [\w-]+| \w+oma)? (?:is|was|are|were|has been|have been|can be|could be) (?:\w+ )?"
+    r"(?: or [\w-]+| \w+oma)? (?:is|was|are|were|has been|have been|can be|could be) (?:(?!not\b|never\b)\w+ )?"
     r"(?:absent|excluded|unlikely|ruled out|not (?:present|seen|found|visible|detected|suspected|likely))\b"
 )
 # Clinical shorthand and what it stands for, in lower case
 SHORTHAND = (
     (re.compile(r"\b(\d{1,3}) ?-?(?:y/o|y\.o\.?|yo|yrs?[- ]old)\b"), r"\1-year-old"),
     (re.compile(r"\b(\d{1,3}) ?(?:yrs?)\b\.?"), r"\1 years"),
-    (re.compile(r"(?<![\w.,-])(\d{1,3})m\b"), r"\1-year-old male"),
-    (re.compile(r"(?<![\w.,-])(\d{1,3})f\b"), r"\1-year-old female"),
     (re.compile(r"\bpt\b\.?"), "patient"),
+    (re.compile(r"(?:^|(?<=\ba )|(?<=\bpatient ))(\d{1,2})m\b"), r"\1-year-old male"),
+    (re.compile(r"(?:^|(?<=\ba )|(?<=\bpatient ))(\d{1,2})f\b"), r"\1-year-old female"),
     (re.compile(r"\bdx\b"), "diagnosis"),
     (re.compile(r"\bhx\b"), "history"),
     (re.compile(r"\bw/o\b"), "without"),
@@ -72,7 +72,7 @@ def claims(clean: str, names: str) -> list[Claim]:
     """All terms of the group list `names` of `terms.yaml` in a normalised sentence, in reading order."""
     pattern, group_of = _pattern(names)
     return [
-        Claim(group_of[m[0]], m[0], m.start(), is_negated(clean, m.start()), is_aside(clean, m.start()))
+        Claim(group_of[m[0]], m[0], m.start(), is_negated(clean, m.start(), m.end()), is_aside(clean, m.start()))
         for m in pattern.finditer(clean)
     ]
 
@@ -88,10 +88,10 @@ def found_words(clean: str, name: str) -> list[str]:
     return [m[0] for m in _list_pattern(name).finditer(clean)]
 
 
-def is_negated(clean: str, start: int) -> bool:
-    """Whether an odd number of negations stands shortly before `start`, in the same clause or list, or right behind."""
+def is_negated(clean: str, start: int, end: int) -> bool:
+    """Whether an odd number of negations stands shortly before `start`, in the same clause or list, or behind `end`."""
     before = _list_pattern("negations").findall(_reach(clean, start, NEGATION_REACH))
-    number = len(before) - ("neither" in before and "nor" in before) + bool(DENIED_BEHIND.match(clean, start))
+    number = len(before) - ("neither" in before and "nor" in before) + bool(DENIED_BEHIND.match(clean, end))
     return number % 2 == 1
 
 
@@ -138,7 +138,7 @@ def phrase_pattern(phrase: str) -> str:
 def states_phrase(clean: str, phrase: str) -> bool:
     """Whether the phrase stands in the text without a negation."""
     pattern = rf"(?<![\w-]){phrase_pattern(phrase)}(?![\w-])"
-    return any(not is_negated(clean, m.start()) for m in re.finditer(pattern, clean))
+    return any(not is_negated(clean, m.start(), m.end()) for m in re.finditer(pattern, clean))
 
 
 @functools.cache

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,7 @@ def confirmed(
         both = [(place[i], place[j]) for i, j in pairs]
         compared = mapped(functools.partial(_compare, file=file, num_images=len(used), enough=min_matches), both)
         counts = list(track(compared, len(pairs), "comparing images", "pairs"))
+        _rows.cache_clear()  # the file goes with its folder
     return {pair for pair, count in zip(pairs, counts, strict=True) if count >= min_matches}
 
 
@@ -136,5 +138,5 @@ def _pool(size: int, workers: int) -> Iterator[Callable[[Callable[[Any], Any], S
     if workers == 1 or size < POOL_FROM:
         yield map
         return
-    with ProcessPoolExecutor(workers) as pool:
+    with ProcessPoolExecutor(workers, mp_context=get_context("forkserver")) as pool:
         yield functools.partial(pool.map, chunksize=CHUNK)

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.distributed as dist
 
 from dermfm import compute, simulate
 from dermfm.config import InputError
+from dermfm.model import mlp
 from dermfm.model.dermfm import DermFM, ModelConfig
 from dermfm.model.fusion import FusionConfig
 from dermfm.model.image import ImageConfig
@@ -75,7 +77,8 @@ CONFIGS: dict[str, tuple[str, int, dict[str, Any], str]] = {
 def test_saved_bytes_without_data_are_those_that_autograd_holds_with_data(name, text_tower, monkeypatch):
     image, size, text, precision = CONFIGS[name]
     config = model_config(text_tower, image, size, **text)
-    with simulate.fake_group(1):
+    # Whoever looks at what a recomputed perceptron holds has it computed: so none is recomputed here.
+    with simulate.fake_group(1), mlp.kept(True):
         traced = simulate.trace_step(simulate.build(config, precision), OBJECTIVES, BATCH, BATCH, TOKENS, size)
         monkeypatch.setattr(simulate, "Unsharded", HeldAtBackward)
         model = DermFM(config).train().to(simulate.DTYPES[precision])
@@ -84,6 +87,18 @@ def test_saved_bytes_without_data_are_those_that_autograd_holds_with_data(name, 
     assert traced.saved == pytest.approx(engine.held, rel=0.05)
     assert engine.held > 100_000
     assert traced.peak >= traced.saved
+
+
+def test_perceptrons_that_compute_their_activation_again_hold_its_bytes_less(text_tower):
+    config = model_config(text_tower, "test_vit", 64, train_blocks=0)
+    saved = {}
+    for keeps in (True, False):
+        with simulate.fake_group(1), mlp.kept(keeps):
+            model = simulate.build(config, "fp32")
+            saved[keeps] = simulate.trace_step(model, OBJECTIVES, BATCH, BATCH, TOKENS, 64).saved
+    hidden = sum(m.fc1.out_features for m in model.modules() if isinstance(m, timm.layers.Mlp))
+    positions = model.image.grid[0] * model.image.grid[1] + 1  # of the tower: a class token with them
+    assert saved[True] - saved[False] >= 4 * BATCH * positions * hidden
 
 
 def test_activations_grow_with_the_micro_batch_and_not_with_the_number_of_micro_batches(text_tower):

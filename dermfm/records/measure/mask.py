@@ -133,6 +133,8 @@ def best_piece(distance: np.ndarray, valid: np.ndarray, shares: Sequence[float])
 
     One threshold takes only the core of a lesion with a dark core, or all the blotches of uneven skin.
     """
+    if not valid.any():  # a black picture
+        return np.zeros_like(valid), 0.0
     values = np.sort(distance[valid])
     low, high = (float(values[int(share * (len(values) - 1))]) for share in (0.3, 0.995))
     levels = [otsu(values), *(low + (high - low) * share for share in shares)]

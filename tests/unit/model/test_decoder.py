@@ -134,6 +134,16 @@ def test_packed_notes_give_every_parameter_and_the_image_the_gradient_of_padded_
         torch.testing.assert_close(own, other, rtol=1e-9, atol=1e-10)
 
 
+def test_a_batch_without_a_counted_note_gives_every_parameter_a_gradient_of_zero(decoder, images):
+    decoder.zero_grad(set_to_none=True)
+    tokens = torch.randint(3, 20, (3, 6), generator=torch.Generator().manual_seed(0))
+    total, number = decoder(images[:3], tokens, torch.tensor([6, 4, 0]), torch.zeros(3))
+    total.backward()
+    assert int(number) == 0
+    assert all(p.grad is not None and not p.grad.any() for p in decoder.parameters())
+    decoder.zero_grad(set_to_none=True)
+
+
 def test_padding_of_notes_costs_the_decoder_nothing(decoder, images):
     """A wider batch of the same notes has as many multiplications; padded ones would have more."""
     tokens, lengths = notes()

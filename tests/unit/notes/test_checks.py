@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from dermfm.notes.checks import class_of, find_faults
+from dermfm.notes.checks import AGES, class_of, find_faults
+from dermfm.notes.claims import normalise
 from dermfm.notes.repair import repair_note
 
 FACTS = {
@@ -18,15 +19,18 @@ FACTS = {
 MELANOMA = {"image": "clinical", "diagnosis": "melanoma in situ", "malignancy": "malignant"}
 KERATOSIS = {"image": "clinical", "diagnosis": "actinic keratosis", "malignancy": "pre-cancerous"}
 
+BASE = "Dermoscopic image of a compound nevus on the back of a 55-year-old woman. It is a benign lesion."
 FAITHFUL = [
     (FACTS, "Dermoscopic image of a compound nevus on the back of a 55-year-old woman. It is a benign lesion."),
     (FACTS, "A 55-year-old female patient has a benign lesion on her back; dermoscopy shows a compound nevus."),
     (FACTS, "Dermoscopy: compound nevus on the back of a woman aged 55. The lesion is benign and not malignant."),
     (MELANOMA, "The clinical image shows a melanoma in situ. The lesion is malignant."),
     (MELANOMA, "The clinical image shows a melanoma in situ, which is not benign but malignant."),
+    (FACTS, BASE + " Melanoma is unlikely."),
+    (FACTS, BASE + " Basal cell carcinoma is unlikely."),
+    (FACTS, BASE + " Seborrheic keratosis was ruled out."),
     (KERATOSIS, "The clinical photograph shows an actinic keratosis, a pre-cancerous skin lesion."),
 ]
-BASE = "Dermoscopic image of a compound nevus on the back of a 55-year-old woman. It is a benign lesion."
 FAULTY = [
     (FACTS, BASE.replace(" on the back", ""), "missing: site"),
     (FACTS, BASE.replace("55-year-old ", ""), "missing: age"),
@@ -39,6 +43,7 @@ FAULTY = [
     (FACTS, BASE.replace("benign", "malignant"), "contradiction: malignancy (malignant)"),
     (FACTS, BASE.replace("is a benign", "is not a benign"), "contradiction: malignancy (not benign)"),
     (FACTS, BASE.replace("Dermoscopic", "Clinical"), "contradiction: image (clinical image)"),
+    (FACTS, BASE + " Melanoma is not excluded.", "contradiction: diagnosis (melanoma)"),
     (FACTS, BASE + " It measures 4 mm.", "unsupported: size (4 mm)"),
     (FACTS, BASE + " She has a history of itching.", "unsupported: symptom (itching)"),
     (FACTS, BASE + " It is a rare lesion.", "unsupported: other (rare)"),
@@ -73,6 +78,21 @@ def test_a_faithful_note_has_no_fault(facts, text):
 @pytest.mark.parametrize(("facts", "text", "fault"), FAULTY)
 def test_each_kind_of_fault_is_found(facts, text, fault):
     assert fault in find_faults(text, facts)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("A woman, 3 papules on the arm.", set()),
+        ("Photographed from 5m.", set()),
+        ("62f with a nevus.", {"62"}),
+        ("A woman (45) with a nevus.", {"45"}),
+        ("Female, 50, with a nevus.", {"50"}),
+    ],
+)
+def test_counts_and_distances_are_no_ages(text, found):
+    clean = normalise(text)
+    assert {m[1] for pattern in AGES for m in pattern.finditer(clean)} == found
 
 
 def test_a_nevus_that_belongs_to_the_given_melanoma_contradicts_nothing():

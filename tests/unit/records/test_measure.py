@@ -54,6 +54,12 @@ def test_bare_skin_has_no_lesion_and_tells_only_its_tone() -> None:
     assert set(row) == set(SCHEMA.names)
 
 
+def test_a_black_picture_has_no_lesion() -> None:
+    row = measure(np.zeros((96, 96, 3), np.uint8))
+    assert row["measured_mask_confidence"] == 0
+    assert row["measured_size"] is None
+
+
 def test_asymmetry_of_ellipse_and_half_disc_are_those_of_the_closed_form() -> None:
     turned = np.cos(0.6) * (X - 120) + np.sin(0.6) * (Y - 100), np.cos(0.6) * (Y - 100) - np.sin(0.6) * (X - 120)
     ellipse = (turned[0] / 80) ** 2 + (turned[1] / 40) ** 2 < 1
