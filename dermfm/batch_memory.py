@@ -1,7 +1,7 @@
 """Memory of batches that is used again as soon as no tensor lies in it any more.
 
-A batch is megabytes, which the C library asks of the operating system anew each time; page by page, that costs a tenth
-of decoding the images (and far more in a virtual machine).
+A batch is megabytes, which the C library asks of the operating system anew each time; page by page, that costs more
+than copying into it does (and far more in a virtual machine).
 """
 
 from __future__ import annotations

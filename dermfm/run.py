@@ -8,12 +8,15 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from dermfm.config import InputError, short_hash, to_yaml
 from shards.manifest import write_text
+
+LOCK_TRIES, LOCK_PAUSE_S = 20, 0.1
 
 
 def record(run: Path, config: Any) -> None:
@@ -57,8 +60,10 @@ def take_lock(folder: Path) -> Iterator[None]:
 
 
 def _held(path: Path, folder: Path) -> IO[str]:
-    """The locked file at `path`. Who held it before may remove it between our opening and locking it: then again."""
-    while True:
+    """The locked file at `path`. Who held it before may remove it between our opening and locking it, and who only
+    looks (`check_free`) holds it for a moment: then again."""
+    refused = InputError(f"{path}: cannot be locked, it is replaced all the time; remove it, or give another folder")
+    for _ in range(LOCK_TRIES):
         file = path.open("w")
         try:
             _flock(file, fcntl.LOCK_EX, folder)
@@ -66,10 +71,14 @@ def _held(path: Path, folder: Path) -> IO[str]:
                 return file
         except FileNotFoundError:
             pass
-        except InputError:
+        except InputError as error:
+            refused = error
+        except BaseException:
             file.close()
             raise
         file.close()
+        time.sleep(LOCK_PAUSE_S)
+    raise refused
 
 
 def check_free(folder: Path) -> None:

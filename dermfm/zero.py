@@ -300,7 +300,8 @@ def _deepspeed(device: str) -> Any:
     # Kept within this environment: in a folder of all, two environments would compile over each other's work.
     if os.access(sys.prefix, os.W_OK):
         os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(sys.prefix, "torch_extensions"))
-    _clear_stale_lock(Path(os.environ.get("TORCH_EXTENSIONS_DIR", "")) / "deepspeed_shm_comm")
+    if "TORCH_EXTENSIONS_DIR" in os.environ:
+        _clear_stale_lock(Path(os.environ["TORCH_EXTENSIONS_DIR"]) / "deepspeed_shm_comm")
     # The ninja of this environment, first: another version takes what it has built for unknown and compiles again.
     own, paths = str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath).split(os.pathsep)
     os.environ["PATH"] = os.pathsep.join([own, *(path for path in paths if path != own)])

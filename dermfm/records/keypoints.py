@@ -138,5 +138,5 @@ def _pool(size: int, workers: int) -> Iterator[Callable[[Callable[[Any], Any], S
     if workers == 1 or size < POOL_FROM:
         yield map
         return
-    with ProcessPoolExecutor(workers, mp_context=get_context("forkserver")) as pool:
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         yield functools.partial(pool.map, chunksize=CHUNK)

@@ -125,7 +125,7 @@ def _in_process(
 
 
 def _in_pool(parts: list[list[Task]], work: Work, folder: Path, schema: pa.Schema, place: Place) -> Iterator[list[Row]]:
-    with ProcessPoolExecutor(min(place.num_workers, len(parts)), mp_context=get_context("forkserver")) as pool:
+    with ProcessPoolExecutor(min(place.num_workers, len(parts)), mp_context=get_context("spawn")) as pool:
         yield from pool.map(partial(do_part, work=work, folder=folder, schema=schema), parts)
 
 

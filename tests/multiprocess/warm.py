@@ -11,8 +11,9 @@ import runpy
 import subprocess
 import time
 from collections.abc import Sequence
-from multiprocessing import active_children, forkserver, get_context
+from multiprocessing import forkserver, get_context
 from pathlib import Path
+from typing import ClassVar
 from unittest import mock
 
 from cluster.local import RESUMABLE, free_port
@@ -31,12 +32,14 @@ def start_server(environment: dict[str, str]) -> None:
 
 def end_all() -> None:
     """Kill every rank that is still there, also one whose test ended while it was being started."""
-    for child in active_children():
-        child.kill()
+    for rank in Rank.started:
+        rank.kill()
 
 
 class Rank:
     """A forked process that runs `script`; its methods are those of `subprocess.Popen`."""
+
+    started: ClassVar[list[Rank]] = []
 
     def __init__(self, script: Path, arguments: Sequence[str], env: dict[str, str], out: Path, err: Path) -> None:
         job = {"script": str(script), "arguments": list(arguments), "env": env, "out": str(out), "err": str(err)}
@@ -45,6 +48,7 @@ class Rank:
             target=runpy.run_path, args=(str(HERE / "warm_rank.py"),), kwargs={"init_globals": {"JOB": job}}
         )
         self._process.start()
+        Rank.started.append(self)
 
     @property
     def pid(self) -> int:
