@@ -249,7 +249,7 @@ def _check_files(path: Path, shard: ShardInfo) -> None:
 
 
 def _wrong_size(where: str, size: int, shard: ShardInfo) -> NoReturn:
-    verb = "is truncated" if size < shard.num_bytes else "is another file"
+    verb = "is truncated, or the manifest that of other shards" if size < shard.num_bytes else "is another file"
     raise ShardError(f"{where}: has {size} bytes, the manifest says {shard.num_bytes}: it {verb}; copy it anew")
 
 
