@@ -79,7 +79,7 @@ def test_pixels_and_notes_of_a_record_differ_from_epoch_to_epoch(alone):
     assert any(first[i]["note"] != second[i]["note"] for i in first)
 
 
-@pytest.mark.parametrize(("world", "workers"), [(1, 3), (2, 1), (4, 0)])
+@pytest.mark.parametrize(("world", "workers"), [(1, 3), (1, 4), (2, 1), (2, 2), (4, 0)])
 def test_processes_and_workers_together_read_the_same_ids_pixels_and_notes(root, folder, alone, world, workers):
     assert run(root, folder, world, workers) == alone
 
