@@ -13,7 +13,8 @@ from collections.abc import Sequence
 
 import psutil
 
-RESUMABLE = 75
+from cluster.process import RESUMABLE
+
 GRACE_S = 30.0  # how long the others may take to end once one has failed
 POLL_S = 0.1
 PR_SET_PDEATHSIG = 1

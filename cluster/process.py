@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+# Exit codes of every job; the last means that the same command goes on where it stopped.
+DONE, FAILED, BAD_INPUT, RESUMABLE = 0, 1, 2, 75
 GROUP_TIMEOUT_S = 1800
 MEET_TIMEOUT_S = 300
 ROOT = Path(__file__).resolve().parents[1]

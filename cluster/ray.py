@@ -8,7 +8,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 OBJECT_STORE_BYTES = 100_000_000
 KNOCK_S = 10.0
@@ -86,31 +86,26 @@ def _start_local(num_cpus: int | None) -> str:
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
     try:
-        for start in range(1, STARTS + 1):
-            folder = tempfile.mkdtemp(prefix="dermfm-ray-", dir="/tmp" if os.path.isdir("/tmp") else None)
-            try:
-                _init_local(num_cpus, folder)
-                return folder
-            except BaseException as error:  # Ray's own have no common type
-                shutil.rmtree(folder, ignore_errors=True)
-                if not isinstance(error, Exception):
-                    raise
-                if start == STARTS:
-                    told = (str(error).splitlines() or [type(error).__name__])[0]
-                    raise RayError(f"Ray does not start on this machine: {told}") from error
+        for _ in range(STARTS - 1):
+            with suppress(Exception):  # Ray's own errors have no common type
+                return _init_local(num_cpus)
+        return _init_local(num_cpus)
+    except Exception as error:
+        told = (str(error).splitlines() or [type(error).__name__])[0]
+        raise RayError(f"Ray does not start on this machine: {told}") from error
     finally:
         for name, value in before.items():
             if value is None:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
-    raise AssertionError("unreachable")
 
 
-def _init_local(num_cpus: int | None, folder: str) -> None:
-    """`folder` is short: it holds sockets. What has been started is ended where the rest fails."""
+def _init_local(num_cpus: int | None) -> str:
+    """The new cluster's temporary folder. What has been started is ended, and the folder gone, where the rest fails."""
     import ray
 
+    folder = tempfile.mkdtemp(prefix="dermfm-ray-", dir="/tmp" if os.path.isdir("/tmp") else None)  # sockets: short
     try:
         ray.init(
             address="local",
@@ -123,4 +118,6 @@ def _init_local(num_cpus: int | None, folder: str) -> None:
         )
     except BaseException:
         ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
         raise
+    return folder

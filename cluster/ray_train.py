@@ -21,12 +21,11 @@ from types import FrameType
 from typing import Any
 
 from cluster.preemption import SIGNALS, StopFlag
-from cluster.process import GROUP_TIMEOUT_S, Process, from_environment
+from cluster.process import DONE, FAILED, GROUP_TIMEOUT_S, RESUMABLE, Process, from_environment
 from cluster.ray import RayError
 
 POLL_S = 0.5
 END_S = 60.0  # how long Ray may take to end the ranks once the run's end is known
-DONE, FAILED, RESUMABLE = 0, 1, 75
 # Ray Train's own prints and log files, which say nothing that the run's log does not; and its move of the ranks into a
 # folder of its own, in which a configuration's relative paths would mean something else.
 QUIET = {

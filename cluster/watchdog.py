@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cluster.process import Process
+from cluster.process import FAILED, Process
 
 T = TypeVar("T")
 POLL_S = 1.0
@@ -29,7 +29,6 @@ HEAR_S = 15.0  # how long the first rank, which holds the store, waits for the o
 LEAVE_S = 20.0  # after which a failed process that has not ended by itself is ended
 LOST_S = 60.0  # silence of a rank's thread after which its process counts as gone
 PHASES = ("start", "data", "border", "forward and backward", "optimizer step", "validation", "log", "checkpoint")
-FAILED = 1
 _log = logging.getLogger(__name__)
 QUIET = {"quiet": True}  # of a log entry: for the file only
 

@@ -9,13 +9,13 @@ import time
 from pathlib import Path
 
 from cluster.preemption import StopFlag
-from cluster.process import Process
+from cluster.process import BAD_INPUT, Process
 from cluster.ray import RayError, ray_session
 from cluster.ray_train import Ranks, Verdict, check_all_fit, has_gpus, run_on_ray
 from dermfm.border import is_bad_input
 from dermfm.config import InputError
 from dermfm.plan import TrainConfig
-from dermfm.rank import BAD_INPUT, run_rank
+from dermfm.rank import run_rank
 
 RAY_NOTES = ".ray"  # Ray Train's own notes in the run directory, while it runs
 

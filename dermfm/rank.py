@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cluster.preemption import StopFlag
-from cluster.process import Process, close_group, default_threads, meet, start_group
+from cluster.process import BAD_INPUT, FAILED, RESUMABLE, Process, close_group, default_threads, meet, start_group
 from cluster.watchdog import Watch
 from dermfm.border import RunError, agree, is_bad_input
 from dermfm.plan import TrainConfig
@@ -17,7 +17,6 @@ from dermfm.resume import resume_source
 from dermfm.run import take_lock
 from dermfm.speed import Laps
 
-FAILED, BAD_INPUT, RESUMABLE = 1, 2, 75
 _log = logging.getLogger(__name__)
 
 

@@ -44,7 +44,8 @@ LARGEST_CONTRAST = 128  # rows of a rank of which the contrast is traced; beyond
 class Traced:
     """Bytes of a traced step.
 
-    `saved`: the most that autograd held for backward at one time, parameters not counted. `peak`: the most that lived
+    `saved`: the most that autograd held for backward at one time, parameters not counted, nor what a function keeps by
+    itself (the gradients of the captioning loss), which is in `peak` alone. `peak`: the most that lived
     at one time of what the step made, gradients of parameters not counted. `sent`: input bytes of the collectives.
     """
 

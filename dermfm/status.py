@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import glob
 import time
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from dermfm import metrics
 from dermfm.config import REQUIRED, InputError, key, read_yaml
 from dermfm.journal import JOURNAL, journal
 from dermfm.progress import duration
+from dermfm.run import check_free
 
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "SUCCEEDED", "STOPPED", "ended")
 BAD = ("FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
@@ -148,11 +148,8 @@ def _newest_log(folder: Path, entries: list[dict[str, Any]]) -> Path | None:
 def _is_alive(folder: Path) -> bool:
     """Whether a process holds the folder, as far as this machine's file system tells; nothing is taken from it."""
     try:
-        with (folder / "lock").open() as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except OSError:
+        check_free(folder)
+    except (InputError, OSError):
         return True
     return False
 

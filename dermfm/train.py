@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from cluster.preemption import StopFlag
-from cluster.process import Process
+from cluster.process import DONE, RESUMABLE, Process
 from cluster.watchdog import Unwatched
 from dermfm import checkpoint, compute, flops, initial, metrics, zero
 from dermfm.border import Feed, agree
@@ -36,7 +36,6 @@ from shards.manifest import Manifest
 from shards.order import SampleOrder
 from shards.reader import ShardReader
 
-DONE, RESUMABLE = 0, 75
 UNWATCHED = Unwatched()
 _log = logging.getLogger(__name__)
 

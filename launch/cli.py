@@ -11,14 +11,12 @@ import threading
 from collections.abc import Sequence
 
 from cluster.preemption import StopFlag
-from cluster.process import ProcessError, is_launched
+from cluster.process import BAD_INPUT, DONE, RESUMABLE, ProcessError, is_launched
 from cluster.ray import RayError
 from cluster.ray_job import RayJobError
 from cluster.slurm import SlurmError
 from dermfm.config import DISK_ERRORS, InputError, explain, load, nearest
 from shards.manifest import ShardError
-
-DONE, FAILED, BAD_INPUT, RESUMABLE = 0, 1, 2, 75
 
 # job → (summary, verbs). Each job is the module launch.<job> with `schema(call)` and `run(config, call) -> int`.
 JOBS: dict[str, tuple[str, tuple[str, ...]]] = {

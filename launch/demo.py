@@ -15,14 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from cluster.preemption import SIGNALS
-from cluster.process import python_command
+from cluster.process import BAD_INPUT, python_command
 from cluster.usage import PeakMemory
 from dermfm.config import to_yaml
 from dermfm.pipeline import CHAIN, JOBS, PipelineConfig, set_aside
 from dermfm.progress import duration
 from shards.manifest import write_text
-
-BAD_INPUT = 2
 
 
 def schema(_: Any) -> type[PipelineConfig]:

@@ -166,26 +166,27 @@ def _make(
     other, decoding would leave the processor's caches cold for the rest, which then takes several times as long."""
     prepare = getattr(source.sample_fn, "prepare", None) or functools.partial(functools.partial, source.sample_fn)
     places = list(zip(shards.tolist(), rows.tolist(), strict=True))
-    works: list[Callable[..., Any] | Exception] = []
+    works: list[Callable[..., Any] | str] = []  # or what is wrong: an error kept would keep its frame, and the batch
     for (shard, row), index, read in zip(places, indices.tolist(), source.reader.reads(places), strict=True):
         try:
             works.append(prepare(read(), sample_rng(seed, index)))
         except StorageError as error:  # the storage is at fault, not the sample: no gap in the stream, but an end
             return _Made(None, len(rows), 0, "", f"{error}; asked for row {row} of {source.reader.shards[shard].name}")
         except BAD_SAMPLE as error:
-            works.append(error)
+            works.append(_describe(source.reader, shard, row, error))
     allocate = getattr(source.sample_fn, "allocate", None)
     memory = (allocate(max(len(works), pad_to)),) if allocate is not None else ()
     items: list[Any] = []
     num_bad, last_bad = 0, ""
     for (shard, row), work in zip(places, works, strict=True):
-        try:
-            if isinstance(work, Exception):
-                raise work
-            items.append(work(*(whole[len(items)] for whole in memory)))
-        except BAD_SAMPLE as error:
-            items.append(None)
-            num_bad, last_bad = num_bad + 1, _describe(source.reader, shard, row, error)
+        if not isinstance(work, str):
+            try:
+                items.append(work(*(whole[len(items)] for whole in memory)))
+                continue
+            except BAD_SAMPLE as error:
+                work = _describe(source.reader, shard, row, error)
+        items.append(None)
+        num_bad, last_bad = num_bad + 1, work
     padding = max(0, pad_to - len(items))
     indices = np.concatenate([indices, np.repeat(indices[-1:], padding)])
     batch = source.collate_fn(items + [None] * padding, indices, *memory)

@@ -60,7 +60,7 @@ def read_outs(model: Any) -> list[ReadOut]:
 def fusion_maps(model: Any, pixels: Tensor, tokens: Tensor, lengths: Tensor) -> Tensor:
     """Maps [R, B, T, P] of every read-out, in the order of `read_outs`, of tokens [B, T] over pixels [B, 3, S, S].
 
-    Non-negative, not normalised. ValueError where the model's fusion has no attention.
+    Non-negative, not normalised. ValueError where the model's fusion is not by cross-attention.
     """
     if model.config.fusion.kind != "cross":
         raise ValueError(f"model.fusion.kind: '{model.config.fusion.kind}' has no maps to read; use cross")

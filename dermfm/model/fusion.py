@@ -168,13 +168,6 @@ class EarlyFusion(_FusionInputs):
         self, image: Tensor, text: Tensor, lengths: Tensor, return_weights: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """As `Fusion`; the weights are those from note to image tokens."""
-        fused, maps = self.with_maps(image, text, lengths, return_weights)
-        return fused, torch.stack(maps).mean(0) if maps else None
-
-    def with_maps(
-        self, image: Tensor, text: Tensor, lengths: Tensor, return_weights: bool = True
-    ) -> tuple[Tensor, list[Tensor]]:
-        """As `Fusion.with_maps`."""
         size = image.shape[1]  # image tokens come first: all are valid, so padding stays behind
         x = torch.cat([self.image_in(image) + self.modality[0], self.text_in(text) + self.modality[1]], 1)
         maps: list[Tensor] = []
@@ -182,7 +175,7 @@ class EarlyFusion(_FusionInputs):
             x, found = block(x, lengths + size, return_weights)
             if found is not None:
                 maps.append(found[:, :, size:, :size])
-        return self.norm(x)[:, size:], maps
+        return self.norm(x)[:, size:], torch.stack(maps).mean(0) if maps else None
 
 
 class LateFusion(_FusionInputs):

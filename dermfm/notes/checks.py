@@ -35,7 +35,6 @@ KINDS = (
     "missing", "contradiction", "self-contradiction", "unsupported",
 )  # fmt: skip
 OPPOSITE = {"symmetric": "asymmetric", "asymmetric": "symmetric"}
-NO_UNIT = r"(?! ?(?:[x×%-]|\.\d|[cm]m\b|millim|centim|days?\b|weeks?\b|months?\b))\b"  # behind a number that is an age
 BEHIND_AGE = r"(?=[,.;)]|$| (?:with|who|has|had|presents|presented|and)\b)"  # not "a woman, 3 papules on the arm"
 AGES = (
     re.compile(r"\b(\d{1,3})[- ]years?[- ]?olds?\b"),
@@ -44,7 +43,7 @@ AGES = (
     re.compile(
         rf"\b(?:man|woman|male|female|boy|girl|lady|gentleman)(?:,? of |, | \(|, aged? | )(\d{{1,3}}){BEHIND_AGE}"
     ),
-    re.compile(rf"\b(?:he|she|patient) (?:is|was) (\d{{1,3}}){NO_UNIT}"),
+    re.compile(rf"\b(?:he|she|patient) (?:is|was) (\d{{1,3}}){BEHIND_AGE}"),
 )  # each with the number
 HEADING = re.compile(r"\bmalignancy(?: status)?(?::| is| was)(?= (?:benign|pre|malignant))")  # it claims nothing itself
 

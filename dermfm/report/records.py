@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from dermfm.records.groups import ACROSS, OTHER_LABEL, WITHIN
-from dermfm.records.measure.attributes import MIN_CONFIDENCE
+from dermfm.records.measure.attributes import JUDGED, MIN_CONFIDENCE
 from dermfm.records.measure.columns import COLOURS
 from dermfm.records.measure.mask import WORKING_SIDE, find_lesion
 from dermfm.records.parts import Row, read_rows
@@ -94,6 +94,7 @@ def page_values(table: pa.Table, losses: Losses, path: Path, rng: np.random.Gene
         "histograms": histograms(rows) if is_measured else [],
         "words": word_tables(rows) if is_measured else [],
         "min_confidence": MIN_CONFIDENCE,
+        "judged": JUDGED,
         "failed": failed_masks(rows) if is_measured else [],
         "overlays": overlays(rows, path.parent, rng),
         "pairs": before_after(rows, path.parent, rng),

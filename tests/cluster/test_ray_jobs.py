@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import http.server
 import json
 import os
 import re
@@ -11,7 +10,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -244,23 +242,11 @@ def test_an_address_where_no_job_server_answers_is_one_line_with_the_remedy(tmp_
     assert re.search(r"address: no Ray job server answers at .*; it is http://<head node>:8265", told)
 
 
-def test_a_cluster_of_another_version_is_one_line_with_the_remedy(tmp_path, capsys):
-    class OldServer(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            body = json.dumps({"version": "4", "ray_version": "2.9.3", "ray_commit": "", "session_name": ""}).encode()
-            self.send_response(200)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), OldServer) as old:
-        threading.Thread(target=old.serve_forever, daemon=True).start()
-        told = refusal(capsys, tmp_path, f"http://127.0.0.1:{old.server_port}")
-        old.shutdown()
+def test_a_cluster_of_another_version_is_one_line_with_the_remedy(tmp_path, capsys, serve):
+    answer = tmp_path / "web" / "api" / "version"
+    answer.parent.mkdir(parents=True)
+    answer.write_text(json.dumps({"version": "4", "ray_version": "2.9.3", "ray_commit": "", "session_name": ""}))
+    told = refusal(capsys, tmp_path, serve(tmp_path / "web").url)
     assert "runs Ray 2.9.3, here is " in told
     assert "pip install ray==2.9.3" in told
     assert os.environ.get("RAY_ADDRESS") is None

@@ -18,6 +18,12 @@ VERSION = 3  # raise it when a measure changes: older values are measured again
 ASYMMETRIC = 0.13  # from which a lesion is called asymmetric
 SHARP, INDISTINCT = 0.55, 0.4  # sharpness above and below which a border is called so; between: mixed
 MIN_CONFIDENCE = 0.23  # of the mask, below which the lesion counts as not found and nothing of it is told
+# How often the outline fails (MIN_CONFIDENCE was set on the same images; the search had three rounds then, two since).
+JUDGED = (
+    "Of 112 real images of six data sets, drawn at random (seed 2026) and judged by eye, 80 outlines were good (38 of "
+    "56 dermoscopic, 42 of 56 clinical), 16 partial (8, 8) and 16 wrong (10, 6); 13 of the wrong ones and 2 of the "
+    "others had a confidence below 0.23"
+)
 
 
 def measure(pixels: np.ndarray) -> dict[str, Any]:

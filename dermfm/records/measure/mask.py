@@ -4,11 +4,8 @@ Skin is a smooth surface of CIELAB colour over the picture (light falls off towa
 deviates from it in any direction, darker, redder, bluer or whiter, belongs to the lesion. So nothing is assumed about
 the lesion's colour.
 
-How often it fails was counted by eye on 112 real images drawn at random (seed 2026, 56 of each modality): of the
-dermoscopic ones 38 outlines were good, 8 partial and 10 wrong, of the clinical ones 42, 8 and 6. 13 of the 16 wrong
-ones, but only 2 of the other 96, have a confidence below attributes.MIN_CONFIDENCE (which was set on them) and are not
-used (outlines of a search in three rounds; it has two since). What fails is faint: pink lesions on reddened skin, many
-small spots, skin with furrows.
+How often it fails: attributes.JUDGED. What fails is faint: pink lesions on reddened skin, many small spots, skin with
+furrows.
 """
 
 from __future__ import annotations
