@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 import multiprocessing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,7 @@ from shards.storage import StorageError
 SampleFunction = Callable[[dict[str, bytes], np.random.Generator], Any]
 CollateFunction = Callable[..., Any]  # (items, stream indices[, memory]) → batch
 BAD_SAMPLE = (OSError, ValueError, UnidentifiedImageError, KeyError)
+_log = logging.getLogger(__name__)
 BAD_GRACE = 1000  # samples over which the bad fraction is at least measured: one bad one in a first batch stops nothing
 
 
@@ -254,8 +256,9 @@ def _in_thread(make: Dataset, numbers: Iterable[int]) -> Iterator[_Made]:
 
 
 def _counted(batches: Iterator[_Made], max_bad_fraction: float) -> Iterator[Any]:
-    """The batches, until too many of their samples were bad."""
+    """The batches, until too many of their samples were bad; fewer are told each time that their number has doubled."""
     num_samples = num_bad = 0
+    tell_at = 1
     for made in batches:
         if made.failure:
             raise StorageError(made.failure)
@@ -266,4 +269,7 @@ def _counted(batches: Iterator[_Made], max_bad_fraction: float) -> Iterator[Any]
                 f"{num_bad} of {num_samples} samples could not be used (at most {max_bad_fraction:.2%} may be bad); "
                 f"the last: {made.last_bad}"
             )
+        if num_bad >= tell_at:
+            tell_at = 2 * num_bad
+            _log.warning("%d of %d samples could not be used; the last: %s", num_bad, num_samples, made.last_bad)
         yield made.batch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import threading
 
 import numpy as np
@@ -98,6 +99,16 @@ def test_a_bad_sample_keeps_its_place_as_none(manifest):
     spotted = read(manifest, steps=5, sample_fn=functools.partial(fails_for, bad={13}))
     for (items, _), (with_gap, _) in zip(good, spotted, strict=True):
         assert [None if int(i[0], 16) == 13 else i for i in items] == with_gap
+
+
+def test_bad_samples_are_told_with_their_number_and_place_each_time_it_has_doubled(manifest, caplog):
+    read(manifest, steps=100, sample_fn=functools.partial(fails_for, bad={5}), max_bad_fraction=1.0)
+    told = [record.getMessage() for record in caplog.records]
+    numbers = [int(line.split()[0]) for line in told]
+    assert numbers[0] == 1
+    assert len(numbers) > 1
+    assert all(2 * before <= after for before, after in itertools.pairwise(numbers))
+    assert all("sample 0000000000000005 (row " in line and "not an image" in line for line in told)
 
 
 def test_too_many_bad_samples_stop_the_stream_naming_shard_and_key(manifest):
