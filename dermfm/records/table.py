@@ -109,10 +109,11 @@ _FIELD_OF = {"class": "class_text", "subclass": "subclass_text"}
 
 def to_table(records: Sequence[Record], folder: Path) -> pa.Table:
     """Records in order as a table; `image` becomes relative to `folder`, where the file will lie."""
+    real = folder.resolve()  # the system follows a link before it goes up, relpath alone would not
     columns: dict[str, list[object]] = {}
     for name in RECORD_COLUMNS:
         if name == "image":
-            columns[name] = [Path(os.path.relpath(r.path, folder)).as_posix() for r in records]
+            columns[name] = [Path(os.path.relpath(r.path, real)).as_posix() for r in records]
         else:
             columns[name] = [getattr(r, _FIELD_OF.get(name, name)) for r in records]
     table = pa.table(columns, schema=SCHEMA)

@@ -73,6 +73,17 @@ def test_the_record_id_is_the_hash_of_data_set_and_source_id_and_the_image_is_re
     assert row["image"] == "images/1.jpg"
 
 
+def test_an_image_is_found_from_a_folder_that_is_a_link_to_another_disk(tmp_path: Path) -> None:
+    (tmp_path / "disk" / "deep" / "run").mkdir(parents=True)
+    (tmp_path / "run").symlink_to(tmp_path / "disk" / "deep" / "run")
+    image = tmp_path / "images" / "1.jpg"
+    image.parent.mkdir()
+    image.write_bytes(b"pixels")
+    record = Record(dataset="A", source_id="1", path=image, modality="clinical", split="train", group_id="g")
+    row = to_table([record], tmp_path / "run").to_pylist()[0]
+    assert (tmp_path / "run" / row["image"]).read_bytes() == b"pixels"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
