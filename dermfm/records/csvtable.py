@@ -45,8 +45,9 @@ def read_rows(path: str | Path, required: Sequence[str], layout: str, losses: Lo
     """Rows of a CSV, Parquet or xlsx file as dictionaries of stripped strings; the columns `required` are there.
 
     An xlsx file (first sheet) may have lines of text above its header. An encoding other than UTF-8 is counted in
-    `losses`. Raises InputError naming the file for a missing column (with the layout that the table looks like),
-    another delimiter than a comma, an empty table, or a row whose number of cells is not that of the header.
+    `losses`; columns without a name are left out. Raises InputError naming the file for a missing column (with the
+    layout that the table looks like), another delimiter than a comma (a tab in .tab and .tsv files), an empty table, or
+    a row whose number of cells is not that of the header.
     """
     path = read_file(path)
     suffix = path.suffix.lower()
@@ -58,6 +59,8 @@ def read_rows(path: str | Path, required: Sequence[str], layout: str, losses: Lo
         lines = _csv_lines(path, losses)
     _, first = next(lines, (1, []))
     header = [name.strip() for name in first]
+    if not any(header):
+        raise InputError(f"{path}: is empty, or its first line is; a table with a header is needed (layout={layout})")
     _check_header(path, header, required, layout)
     rows = []
     for line, cells in lines:
@@ -65,14 +68,14 @@ def read_rows(path: str | Path, required: Sequence[str], layout: str, losses: Lo
             continue
         if len(cells) != len(header):
             raise InputError(f"{path}: line {line} has {len(cells)} cells, the header has {len(header)}")
-        rows.append({name: cell.strip() for name, cell in zip(header, cells, strict=True)})
+        rows.append({name: cell.strip() for name, cell in zip(header, cells, strict=True) if name})
     if not rows:
         raise InputError(f"{path}: the table has a header but no rows")
     return rows
 
 
 def _csv_lines(path: Path, losses: Losses | None) -> Iterator[tuple[int, list[str]]]:
-    reader = csv.reader(io.StringIO(read_text(path, losses), newline=""))
+    reader = csv.reader(io.StringIO(read_text(path, losses), newline=""), delimiter=_delimiter(path))
     try:
         for cells in reader:
             yield reader.line_num, cells
@@ -146,7 +149,7 @@ def _check_header(path: Path, header: list[str], required: Sequence[str], layout
     if kind is not None:
         raise InputError(f"{path}: lacks the column '{missing[0]}' that layout={layout} needs; it looks like {kind}")
     _check_delimiter(path, header, missing, layout)
-    twice = next((name for name in header if header.count(name) > 1), None)
+    twice = next((name for name in header if name and header.count(name) > 1), None)
     if twice is not None:
         raise InputError(f"{path}: the column '{twice}' occurs more than once")
     if missing:
@@ -155,12 +158,18 @@ def _check_header(path: Path, header: list[str], required: Sequence[str], layout
         )
 
 
+def _delimiter(path: Path) -> str:
+    return "\t" if path.suffix.lower() in (".tab", ".tsv") else ","
+
+
 def _check_delimiter(path: Path, header: list[str], missing: Sequence[str], layout: str) -> None:
-    for delimiter in DELIMITERS[1:]:
-        parts = [name.strip().strip('"') for name in ",".join(header).split(delimiter)]
+    own = _delimiter(path)
+    for delimiter in DELIMITERS.replace(own, ""):
+        parts = [name.strip().strip('"') for name in own.join(header).split(delimiter)]
         if len(parts) > max(1, len(header)) and set(missing) & set(parts):
             shown = {"\t": "tab"}.get(delimiter, delimiter)
-            raise InputError(f"{path}: the cells are separated by '{shown}'; a comma is needed (layout={layout})")
+            needed = "comma" if own == "," else "tab"
+            raise InputError(f"{path}: the cells are separated by '{shown}'; a {needed} is needed (layout={layout})")
 
 
 def check_filled(path: str | Path, ids: Iterable[str], column: str) -> None:

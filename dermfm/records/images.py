@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -35,19 +36,23 @@ class ImageFacts:
 
 
 class ImageFolder:
-    """All images below a folder by the exact stem of their name; never by part of it."""
+    """All images below a folder by the exact stem of their name; never by part of it. Hidden files are no images.
+
+    `copies` collects files that `find` passed over because another folder holds the very same bytes.
+    """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise InputError(f"images={folder}: no such folder")
+        self.copies: set[Path] = set()
         self._by_stem: dict[str, list[Path]] = {}
         self._by_folded: dict[str, list[str]] = {}
         for root, folders, names in os.walk(self.folder):
-            folders.sort()
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
             for name in sorted(names):
                 stem, suffix = os.path.splitext(name)
-                if suffix.lower() in SUFFIXES:
+                if suffix.lower() in SUFFIXES and not name.startswith("."):
                     self._by_stem.setdefault(stem, []).append(Path(root, name))
         if not self._by_stem:
             raise InputError(f"images={folder}: holds no image ({', '.join(SUFFIXES)})")
@@ -58,12 +63,10 @@ class ImageFolder:
         """`<folder>/<dataset>/<name>.*`, else `<folder>/<name>.*`, else the only image of that name anywhere below.
 
         `name` may have a suffix, which need not be the file's, and folders: then one in other folders is no match.
-        Upper and lower case may differ where that is unambiguous (publishers' tables do).
+        Upper and lower case may differ where that is unambiguous (publishers' tables do). Of several files with the
+        same bytes the first is taken.
         """
-        place, _, last = name.replace("\\", "/").rpartition("/")
-        stem, suffix = os.path.splitext(last)
-        stem = stem if suffix.lower() in SUFFIXES else last
-        stems = [stem] if stem in self._by_stem else self._by_folded.get(stem.casefold(), [])
+        place, stems = self._stems(name)
         if len(stems) != 1:
             return None
         paths = self._by_stem[stems[0]]
@@ -71,8 +74,24 @@ class ImageFolder:
             here = [path for path in paths if path.parent == expected]
             if here:
                 return here[0]
-        paths = [path for path in paths if not place or _ends_with(path.parent, place)]
+        paths = self.of_name(name)
+        if len(paths) > 1 and all(filecmp.cmp(paths[0], path, shallow=False) for path in paths[1:]):
+            self.copies.update(paths[1:])
+            return paths[0]
         return paths[0] if len(paths) == 1 else None
+
+    def of_name(self, name: str) -> list[Path]:
+        """The images of that name, in order; several where `find` cannot tell which is meant."""
+        place, stems = self._stems(name)
+        paths = [path for stem in stems for path in self._by_stem[stem]]
+        return [path for path in paths if not place or _ends_with(path.parent, place)]
+
+    def _stems(self, name: str) -> tuple[str, list[str]]:
+        """Folders of a name, and the stems that it may mean."""
+        place, _, last = name.replace("\\", "/").rpartition("/")
+        stem, suffix = os.path.splitext(last)
+        stem = stem if suffix.lower() in SUFFIXES else last
+        return place, [stem] if stem in self._by_stem else self._by_folded.get(stem.casefold(), [])
 
     def paths(self) -> list[Path]:
         """All images, sorted."""
@@ -85,9 +104,9 @@ class ImageFolder:
 
     def unnamed(self, named: set[Path], datasets: set[str]) -> list[Path]:
         """Images that no row names: below `<folder>/<dataset>` where such folders exist, else below the folder."""
-        own = {str(self.folder / dataset) for dataset in datasets if (self.folder / dataset).is_dir()}
-        every = [path for paths in self._by_stem.values() for path in paths if path not in named]
-        return sorted(path for path in every if not own or os.path.dirname(path) in own)
+        own = tuple(f"{self.folder / dataset}{os.sep}" for dataset in datasets if (self.folder / dataset).is_dir())
+        others = (path for paths in self._by_stem.values() for path in paths if path not in named | self.copies)
+        return sorted(path for path in others if not own or str(path).startswith(own))
 
 
 def _ends_with(folder: Path, place: str) -> bool:

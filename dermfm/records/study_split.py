@@ -12,18 +12,20 @@ from collections.abc import Iterator
 from pathlib import Path, PurePath
 
 from dermfm.config import InputError, nearest
-from dermfm.records.csvtable import read_text
+from dermfm.records.csvtable import DELIMITERS, read_text
 from dermfm.records.source import Losses
 from dermfm.records.splits import TWICE
 from dermfm.records.table import SPLITS
 
 
-def headless_lines(path: Path, num_cells: int) -> Iterator[list[str]]:
+def headless_lines(path: Path, num_cells: int, losses: Losses) -> Iterator[list[str]]:
     """Stripped cells of a CSV file without a header; InputError for a line with another number of cells."""
-    reader = csv.reader(io.StringIO(read_text(path), newline=""))
+    reader = csv.reader(io.StringIO(read_text(path, losses), newline=""))
     for cells in reader:
         if len(cells) != num_cells:
-            raise InputError(f"{path}: line {reader.line_num} has {len(cells)} cells, {num_cells} are needed")
+            other = next((d for d in DELIMITERS[1:] if len(",".join(cells).split(d)) >= num_cells), None)
+            hint = f"; they are separated by '{other}', a comma is needed" if other else ""
+            raise InputError(f"{path}: line {reader.line_num} has {len(cells)} cells, {num_cells} are needed{hint}")
         yield [cell.strip() for cell in cells]
 
 
@@ -38,7 +40,7 @@ def study_split(folder: Path, dataset: str, losses: Losses) -> dict[str, str]:
         raise InputError(f"{folder}: holds no {dataset}/labels_<split>.csv; {nearest(dataset, known)}")
     splits: dict[str, str] = {}
     for split, path in files.items():
-        for name, _ in headless_lines(path, 2) if path.is_file() else ():
+        for name, _ in headless_lines(path, 2, losses) if path.is_file() else ():
             source_id = PurePath(name).stem
             if source_id in splits:
                 losses.add(TWICE, f"{dataset}/{source_id} in {splits[source_id]} and {split}")

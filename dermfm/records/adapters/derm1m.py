@@ -23,6 +23,7 @@ DATASET = "Derm1M"
 LICENCE = "CC BY-NC 4.0"
 DERMOSCOPIC = re.compile(r"derm(at)?oscop|epiluminescence", re.IGNORECASE)
 UNKNOWN = re.compile(r"no (definitive diagnosis|body location|age|gender|symptom|visual concepts?)\b.*", re.IGNORECASE)
+REPEATED = "rows that repeat an image without a new caption"
 OTHER_LABEL = "captions of one image with different disease labels, the first is kept"
 
 
@@ -38,7 +39,8 @@ def read(source: SourceConfig, reading: Reading) -> list[Record]:
         if known is None:
             drafts[row["filename"]] = _draft(source, row, split)
             continue
-        _add_caption(known.record, row["caption"])
+        if not _add_caption(known.record, row["caption"]):
+            reading.losses.add(REPEATED, row["filename"])
         if _known(row["disease_label"]) != known.record.subclass_text:
             reading.losses.add(OTHER_LABEL, row["filename"])
     return finish(source, drafts.values(), reading.losses)
@@ -65,11 +67,14 @@ def _draft(source: SourceConfig, row: Row, split: str) -> Draft:
     return Draft(record, [label, levels[-1]], image=row["filename"])
 
 
-def _add_caption(record: Record, caption: str) -> None:
+def _add_caption(record: Record, caption: str) -> bool:
+    """Add a caption to the record's; whether it is a new one."""
     text = tidy(caption)
     known = (record.findings or "").split("\n\n")
-    if text and text not in known:
-        record.findings = "\n\n".join([*filter(None, known), text])
+    if not text or text in known:
+        return False
+    record.findings = "\n\n".join([*filter(None, known), text])
+    return True
 
 
 def _known(text: str | None) -> str | None:

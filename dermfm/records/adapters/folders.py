@@ -3,12 +3,14 @@
 `pattern` is a regular expression with named groups, searched in the path below `images` without suffix, with / between
 folders. `diagnosis` is required; `lesion`, `patient`, `split` (train | valid | test, also val | validation) and `id`
 are optional. Without a pattern the diagnosis is the name of the folder that holds the image. Underscores and hyphens
-count as blanks. The source id is `id`, else the file's name without suffix.
+count as blanks. The source id is `id`, else the file's name without suffix, with its folders where several files have
+that name.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 
 from dermfm.config import InputError
@@ -21,6 +23,7 @@ from dermfm.records.vocabulary import tidy
 
 PATTERN = r"(?P<diagnosis>[^/]+)/[^/]+$"
 GROUPS = ("diagnosis", "lesion", "patient", "split", "id")
+SAME_NAME = "images whose file name several folders have, told apart by their path"
 NO_MATCH = "images whose path the pattern does not match, left out"
 SPLIT_NAMES = {**{split: split for split in SPLITS}, "val": "valid", "validation": "valid"}
 
@@ -42,8 +45,20 @@ def read(source: SourceConfig, reading: Reading) -> list[Record]:
         drafts.append(_draft(source, below, match.groupdict(), reading.losses))
     if not drafts:
         raise InputError(f"images={root}: the pattern '{pattern.pattern}' matches none of the paths below it")
+    if "id" not in pattern.groupindex:
+        _tell_apart(drafts, reading.losses)
     check_unique(root, (draft.record.source_id for draft in drafts), "id")
-    return finish(source, drafts, reading.losses)
+    # Here every image is its own row; those that do not match are counted already.
+    return finish(source, drafts, reading.losses, is_other=lambda path: True)
+
+
+def _tell_apart(drafts: list[Draft], losses: Losses) -> None:
+    """Make the path the id of images whose file name other folders have, too."""
+    times = Counter(draft.record.source_id for draft in drafts)
+    for draft in drafts:
+        if times[draft.record.source_id] > 1:
+            losses.add(SAME_NAME, draft.record.source_id)
+            draft.record.source_id = draft.image
 
 
 def compile_pattern(text: str) -> re.Pattern[str]:

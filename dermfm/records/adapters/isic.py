@@ -44,12 +44,16 @@ def read(source: SourceConfig, reading: Reading) -> list[Record]:
         raise InputError(f"{source.table}: has none of the columns diagnosis_1 … diagnosis_5, diagnosis; {hint}")
     check_unique(source.table, (row["isic_id"] for row in rows), "isic_id")
     check_schema(source.table, rows, reading.losses)
-    drafts = []
+    drafts, left_out = [], set()
     for row in rows:
         modality = _modality(source, row, reading.losses)
-        if modality is not None:
+        if modality is None:
+            left_out.add(row["isic_id"])
+        else:
             drafts.append(Draft(_record(source, row, modality), _texts(row)))
-    return finish(source, drafts, reading.losses)
+    if not drafts:
+        raise InputError(f"{source.table}: no row has an image type that is read ({', '.join(MODALITY_OF)})")
+    return finish(source, drafts, reading.losses, is_other=lambda path: path.stem in left_out)
 
 
 def check_schema(table: str, rows: Sequence[Row], losses: Losses) -> None:

@@ -36,6 +36,7 @@ GROUPS: dict[str, set[int | None]] = {
 }
 LICENCE = "CC BY-NC (MILK study team)"
 DISAGREE = "diagnosis and ground truth disagree"
+NOT_ONE_GROUP = "lesions of which the ground truth names no group or several, not compared"
 
 
 def read(source: SourceConfig, reading: Reading) -> list[Record]:
@@ -45,7 +46,7 @@ def read(source: SourceConfig, reading: Reading) -> list[Record]:
     rows = read_rows(source.table, COLUMNS, source.layout, losses)
     check_unique(source.table, (row["isic_id"] for row in rows), "isic_id")
     texts = _diagnoses(_beside(source, source.supplement, "Supplement"), source.layout)
-    truth = _ground_truth(_beside(source, source.ground_truth, "GroundTruth"), source.layout)
+    truth = _ground_truth(_beside(source, source.ground_truth, "GroundTruth"), source.layout, losses)
     drafts = []
     for row in rows:
         text = texts.get(row["isic_id"])
@@ -110,8 +111,15 @@ def _diagnoses(path: Path, layout: str) -> dict[str, str]:
     return {row["isic_id"]: row["diagnosis_full"] for row in rows}
 
 
-def _ground_truth(path: Path, layout: str) -> dict[str, str]:
-    """lesion id → the ground truth's column that is 1."""
+def _ground_truth(path: Path, layout: str, losses: Losses) -> dict[str, str]:
+    """lesion id → the only column of the ground truth that is 1; lesions of none or several are counted."""
     rows = read_rows(path, ("lesion_id", *GROUPS), layout)
     check_unique(path, (row["lesion_id"] for row in rows), "lesion_id")
-    return {row["lesion_id"]: max(GROUPS, key=lambda name: number(row[name]) or 0.0) for row in rows}
+    truth = {}
+    for row in rows:
+        named = [name for name in GROUPS if number(row[name]) == 1]
+        if len(named) == 1:
+            truth[row["lesion_id"]] = named[0]
+        else:
+            losses.add(NOT_ONE_GROUP, f"{row['lesion_id']}: {', '.join(named) or 'none'}")
+    return truth

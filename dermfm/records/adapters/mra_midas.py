@@ -38,11 +38,13 @@ def read(source: SourceConfig, reading: Reading) -> list[Record]:
     check_source(source)
     rows = read_rows(source.table, COLUMNS, source.layout, reading.losses)
     lesions = [row for row in rows if row["midas_iscontrol"].casefold() != "yes"]
-    for row in rows:
-        if row["midas_iscontrol"].casefold() == "yes":
-            reading.losses.add(CONTROL, row["midas_file_name"])
+    controls = [row["midas_file_name"] for row in rows if row["midas_iscontrol"].casefold() == "yes"]
+    for name in controls:
+        reading.losses.add(CONTROL, name)
     check_unique(source.table, (PurePath(row["midas_file_name"]).stem for row in lesions), "midas_file_name")
-    return finish(source, [Draft(_record(source, row), [_diagnosis(row)]) for row in lesions], reading.losses)
+    drafts = [Draft(_record(source, row), [_diagnosis(row)]) for row in lesions]
+    stems = {PurePath(name).stem for name in controls}
+    return finish(source, drafts, reading.losses, is_other=lambda path: path.stem in stems)
 
 
 def _diagnosis(row: Row) -> str | None:

@@ -29,7 +29,11 @@ def read(source: SourceConfig, reading: Reading) -> list[Record]:
     """Records of the own table whose images exist below `images`; masks are not taken for images without a row."""
     check_source(source)
     path = Path(source.table)
-    rows = _sheet_rows(path, reading) if path.suffix.lower() in (".xlsx", ".csv") else _text_rows(path, source.layout)
+    rows = (
+        _sheet_rows(path, reading)
+        if path.suffix.lower() in (".xlsx", ".csv")
+        else _text_rows(path, source.layout, reading)
+    )
     check_unique(source.table, (row["name"] for row in rows), "name")
     drafts = [Draft(_record(row), [row["diagnosis"]]) for row in rows]
     return finish(source, drafts, reading.losses, is_other=lambda path: "_" in path.stem)
@@ -48,14 +52,15 @@ def _record(row: Row) -> Record:
     )
 
 
-def _text_rows(path: Path, layout: str) -> list[Row]:
+def _text_rows(path: Path, layout: str, reading: Reading) -> list[Row]:
     rows = []
-    lines = read_text(read_file(path)).splitlines()
+    lines = read_text(read_file(path), reading.losses).splitlines()
     for line_number, line in enumerate(lines, start=1):
         cells = [cell.strip() for cell in line.split("||")]
-        if len(cells) < 2 or not cells[1].startswith("IMD"):
+        is_row = len(cells) > 5 and cells[3] in ("0", "1", "2")
+        if len(cells) < 2 or not (cells[1].startswith("IMD") or is_row):
             continue  # the header, rules and the legend below the table
-        if len(cells) < 6 or cells[3] not in ("0", "1", "2"):
+        if not is_row:
             raise InputError(f"{path}: line {line_number} is not of the form || name || histology || 0-2 || … ||")
         features = [cell.strip() for cell in cells[4].split("|")]
         colours = [COLOURS[int(n) - 1] for n in cells[5].split() if n in "123456"]

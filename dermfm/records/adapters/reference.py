@@ -15,12 +15,12 @@ from pathlib import Path
 
 from dermfm.config import InputError, nearest
 from dermfm.records.adapters.tables import NO_PATH, Draft, check_datasets, finish
-from dermfm.records.csvtable import check_unique
+from dermfm.records.csvtable import check_unique, looks_like
 from dermfm.records.images import ImageFolder
 from dermfm.records.source import Losses, Reading, SourceConfig
 from dermfm.records.study_split import headless_lines
 from dermfm.records.table import Record
-from dermfm.records.vocabulary import correction, find_diagnosis, tidy
+from dermfm.records.vocabulary import CLASSES, correction, find_diagnosis, tidy
 
 MAPPING = "classes_subclasses_metadata_mapping.csv"
 # Derm7pt's ids there are those of its dermoscopic files. MRA_MIDAS holds both modalities, which its table does not tell
@@ -36,6 +36,7 @@ DERMOSCOPIC = (
     "SKINL2",
     "derm12345",
 )
+LABELS = {str(label) for label in range(len(CLASSES))}
 DISAGREE = "study's labels that the vocabulary does not give"
 NO_IMAGES = "data sets of the study without images here, left out (rows)"
 
@@ -65,13 +66,14 @@ def _folders(table: Path) -> dict[str, Path]:
         raise InputError(f"{table}: is a file; layout=reference takes the folder that holds it")
     folders = [table] if (table / MAPPING).is_file() else [path.parent for path in sorted(table.glob(f"*/{MAPPING}"))]
     if not folders:
-        beside = [p.name for p in table.parent.iterdir()] if table.parent.is_dir() else []
+        beside = [p.name for p in table.parent.iterdir() if p.name != table.name] if table.parent.is_dir() else []
         raise InputError(f"{table}: holds no {MAPPING}, in it or in a folder a data set; {nearest(table.name, beside)}")
     return {folder.resolve().name: folder for folder in folders}
 
 
 def _drafts(source: SourceConfig, dataset: str, folder: Path, losses: Losses) -> Iterator[Draft]:
-    rows = list(headless_lines(folder / MAPPING, 8))
+    rows = list(headless_lines(folder / MAPPING, 8, losses))
+    _check_table(folder / MAPPING, rows)
     check_unique(folder / MAPPING, (row[0] for row in rows), "id")
     for source_id, label, _, class_text, subclass_text, findings, _, _ in rows:
         _compare(dataset, source_id, label, [subclass_text, class_text], losses)
@@ -85,6 +87,17 @@ def _drafts(source: SourceConfig, dataset: str, folder: Path, losses: Losses) ->
             findings=tidy(findings),
         )
         yield Draft(record, [subclass_text, class_text])
+
+
+def _check_table(path: Path, rows: list[list[str]]) -> None:
+    """InputError for an empty table, or one whose second column is not the study's label."""
+    if not rows:
+        raise InputError(f"{path}: is empty")
+    bad = next((row for row in rows if row[1] not in LABELS), None)
+    if bad is not None:
+        kind = looks_like(bad)
+        hint = f"it looks like {kind}" if kind else "a line is id, label, malignancy, class, subclass, …, no header"
+        raise InputError(f"{path}: {bad[0]}: the label '{bad[1]}' is not valid, 0 to {len(CLASSES) - 1}; {hint}")
 
 
 def _compare(dataset: str, source_id: str, label: str, texts: list[str], losses: Losses) -> None:

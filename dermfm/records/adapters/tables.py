@@ -15,6 +15,8 @@ from dermfm.records.vocabulary import CLASSES, correction, find_diagnosis, tidy
 
 MISSING_IMAGE = "rows without an image"
 UNNAMED_IMAGE = "images without a row"
+SEVERAL_FILES = "rows whose image's name several different files have, left out"
+COPIED_FILES = "images that other folders hold again, byte for byte"
 PARTIAL_NAME = "ids that are only a part of an image's name, not matched"
 UNMAPPED = "diagnoses without a class"
 UNSPLIT = "records that the given split does not name, left out"
@@ -123,16 +125,23 @@ def with_images(
     if not drafts:
         return []
     folder = ImageFolder(source.images)
-    paths = [folder.find(draft.record.dataset, draft.image or draft.record.source_id) for draft in drafts]
-    missing = [draft for draft, path in zip(drafts, paths, strict=True) if path is None]
+    paths = [folder.find(draft.record.dataset, _image_name(draft)) for draft in drafts]
+    without = [draft for draft, path in zip(drafts, paths, strict=True) if path is None]
+    several = {id(draft): files for draft in without if len(files := folder.of_name(_image_name(draft))) > 1}
+    missing = [draft for draft in without if id(draft) not in several]
     partial = _partial_names(folder, missing)
-    if len(missing) == len(drafts):
-        raise InputError(_none_there(source, drafts, partial))
+    if len(without) == len(drafts):
+        raise InputError(_none_there(source, drafts, next(iter(several.values()), []), partial))
     for draft in missing:
         losses.add(MISSING_IMAGE, f"{draft.record.dataset}/{draft.record.source_id}")
+    for draft in without:
+        if (files := several.get(id(draft))) is not None:
+            losses.add(SEVERAL_FILES, f"{draft.record.source_id}: {_below(folder, files)}")
     for line in partial:
         losses.add(PARTIAL_NAME, line)
-    named = {path for path in paths if path is not None}
+    for path in sorted(folder.copies):
+        losses.add(COPIED_FILES, path.relative_to(folder.folder).as_posix())
+    named = {path for path in (*paths, *(path for files in several.values() for path in files)) if path is not None}
     for path in folder.unnamed(named, {draft.record.dataset for draft in drafts}):
         if is_other is None or not is_other(path):
             losses.add(UNNAMED_IMAGE, path.name)
@@ -143,15 +152,25 @@ def _partial_names(folder: ImageFolder, missing: Sequence[Draft]) -> list[str]:
     """'id in name' for those of the first missing ids that are a part of an image's name, or hold it."""
     lines = []
     for draft in missing[:NAMED]:
-        other = folder.resembling(draft.image or draft.record.source_id)
+        other = folder.resembling(_image_name(draft))
         if other is not None:
             lines.append(f"{draft.record.source_id} / {other}")
     return lines
 
 
-def _none_there(source: SourceConfig, drafts: Sequence[Draft], partial: list[str]) -> str:
+def _image_name(draft: Draft) -> str:
+    return draft.image or draft.record.source_id
+
+
+def _below(folder: ImageFolder, files: Sequence[Path]) -> str:
+    return " and ".join(path.relative_to(folder.folder).as_posix() for path in files[:2])
+
+
+def _none_there(source: SourceConfig, drafts: Sequence[Draft], several: Sequence[Path], partial: list[str]) -> str:
     first = drafts[0].record
     hint = f"; ids must equal the file names, {partial[0]} match only in part" if partial else ""
+    if several:
+        return f"images={source.images}: several different files have each name, first {several[0]} and {several[1]}"
     return (
         f"images={source.images}: none of the {len(drafts)} images that {source.table or 'the source'} names is there, "
         f"for example {first.source_id}.jpg, in it or in its folder {first.dataset}/{hint}"

@@ -11,6 +11,7 @@ import pytest
 from dermfm.config import InputError
 from dermfm.records.adapters import ADAPTERS
 from dermfm.records.adapters.isic import REFUSED
+from dermfm.records.adapters.milk10k import DISAGREE, NOT_ONE_GROUP
 from dermfm.records.adapters.tables import MISSING_IMAGE, UNMAPPED, UNNAMED_IMAGE
 from dermfm.records.source import LAYOUTS, Losses, Reading, SourceConfig
 from dermfm.records.table import Record
@@ -178,6 +179,23 @@ def test_milk10k_makes_two_data_sets_of_one_lesion(tmp_path: Path, save_images: 
     assert (clinic.dataset, clinic.modality) == ("Milk10k_clinic", "clinical")
     assert dermo.lesion_id == clinic.lesion_id == "IL_1"
     assert (dermo.label, dermo.matched_subclass) == (2, "congenital / special-pattern nevi")
+
+
+def test_a_ground_truth_that_names_no_group_or_several_is_counted_not_compared(
+    tmp_path: Path, save_images: Callable[..., Path]
+) -> None:
+    table = milk10k_tables(tmp_path)
+    truth = tmp_path / "X_GroundTruth.csv"
+    images = str(save_images("ISIC_1", "ISIC_2"))
+    for cells, counted in (("0,0,0", {"IL_1: none": 1}), ("1,1,0", {"IL_1: AKIEC, BCC": 1})):
+        truth.write_text(f"{truth.read_text().splitlines()[0]}\nIL_1,{cells}{',0' * 8}\n")
+        losses = Losses()
+        read("milk10k", losses, images=images, table=str(table))
+        assert losses.kinds == {NOT_ONE_GROUP: counted}
+    truth.write_text(f"{truth.read_text().splitlines()[0]}\nIL_1,0,1{',0' * 9}\n")
+    losses = Losses()
+    read("milk10k", losses, images=images, table=str(table))
+    assert losses.kinds == {DISAGREE: {"ISIC_1: Nevus, Reed / BCC": 1, "ISIC_2: Nevus, Reed / BCC": 1}}
 
 
 def test_milk10k_says_which_table_is_missing_or_mistaken(tmp_path: Path, save_images: Callable[..., Path]) -> None:

@@ -11,7 +11,8 @@ import pytest
 
 from dermfm.config import InputError, load
 from dermfm.records.adapters import ADAPTERS
-from dermfm.records.adapters.tables import MISSING_IMAGE, PARTIAL_NAME, UNNAMED_IMAGE
+from dermfm.records.adapters.folders import SAME_NAME
+from dermfm.records.adapters.tables import COPIED_FILES, MISSING_IMAGE, PARTIAL_NAME, SEVERAL_FILES, UNNAMED_IMAGE
 from dermfm.records.build import RecordsConfig, build_records
 from dermfm.records.csvtable import NOT_UTF8, read_rows
 from dermfm.records.groups import LESION_LABELS
@@ -68,7 +69,7 @@ def test_upper_and_lower_case_may_differ_only_where_that_is_unambiguous(tmp_path
     losses = Losses()
     records = read("generic", losses, images=save_images("Nel025", "AB", "ab", "q"), table=table)
     assert [record.source_id for record in records] == ["NEL025", "q"]
-    assert losses.count(MISSING_IMAGE) == 1
+    assert losses.kinds == {SEVERAL_FILES: {"Ab: AB.jpg and ab.jpg": 1}}
 
 
 def test_rows_without_images_and_images_without_rows_are_counted_and_ten_are_named(
@@ -83,6 +84,60 @@ def test_rows_without_images_and_images_without_rows_are_counted_and_ten_are_nam
     for kind in (MISSING_IMAGE, UNNAMED_IMAGE):
         assert lines[kind].count(",") == NAMED
         assert lines[kind].endswith(", …)")
+
+
+def test_of_an_image_in_two_folders_equal_bytes_are_taken_once_and_different_ones_not_at_all(
+    tmp_path: Path, save_images: Save
+) -> None:
+    images = save_images("part_1/a", "part_1/b", "part_2/b")
+    (images / "part_2" / "a.jpg").write_bytes((images / "part_1" / "a.jpg").read_bytes())
+    table, losses = write_csv(tmp_path / "t.csv", [generic_row("a"), generic_row("b")]), Losses()
+    (record,) = read("generic", losses, images=images, table=table)
+    assert record.path == images / "part_1" / "a.jpg"
+    assert losses.kinds == {
+        COPIED_FILES: {"part_2/a.jpg": 1},
+        SEVERAL_FILES: {"b: part_1/b.jpg and part_2/b.jpg": 1},
+    }
+    with pytest.raises(InputError, match="several different files have each name, first .*part_1/b.jpg and"):
+        read("generic", images=images, table=write_csv(tmp_path / "u.csv", [generic_row("b")]))
+
+
+def test_hidden_files_are_no_images_and_files_below_a_data_sets_folder_are_counted(
+    tmp_path: Path, save_images: Save
+) -> None:
+    images = save_images("Set/a", "Set/part_2/extra", "Other/b")
+    (images / "Set" / "._a.jpg").write_bytes(b"what another system writes beside a file")
+    losses = Losses()
+    read("generic", losses, images=images, table=write_csv(tmp_path / "t.csv", [generic_row("a")]))
+    assert losses.kinds == {UNNAMED_IMAGE: {"extra.jpg": 1}}
+
+
+def test_columns_without_a_name_are_left_out_and_an_empty_file_is_named(tmp_path: Path) -> None:
+    table = tmp_path / "t.csv"
+    table.write_text(",sample_id,label,,\n0,a,1,,\n")
+    assert read_rows(table, ["sample_id"], "generic") == [{"sample_id": "a", "label": "1"}]
+    for text in ("", "\n", ",,\n"):
+        table.write_text(text)
+        with pytest.raises(InputError, match="t.csv: is empty, or its first line is"):
+            read_rows(table, ["sample_id"], "generic")
+
+
+def test_tabs_divide_the_cells_of_files_that_are_named_so(tmp_path: Path) -> None:
+    for suffix in ("tab", "tsv"):
+        table = tmp_path / f"t.{suffix}"
+        table.write_text('sample_id\tlabel\n"a"\t1\n')
+        assert read_rows(table, ["sample_id"], "generic") == [{"sample_id": "a", "label": "1"}]
+        table.write_text("sample_id,label\na,1\n")
+        with pytest.raises(InputError, match="separated by ','; a tab is needed"):
+            read_rows(table, ["sample_id"], "generic")
+
+
+def test_files_of_one_name_in_two_class_folders_are_told_apart_by_their_path(save_images: Save) -> None:
+    images = save_images("Melanoma/1", "Nevus/1", "Nevus/2")
+    losses = Losses()
+    records = read("folders", losses, images=images, dataset="X", modality="clinical")
+    assert {(r.source_id, r.label) for r in records} == {("Melanoma/1", 6), ("Nevus/1", 2), ("2", 2)}
+    assert losses.kinds == {SAME_NAME: {"1": 2}}
 
 
 def test_another_delimiter_is_named(tmp_path: Path, save_images: Save) -> None:
@@ -177,3 +232,22 @@ def test_a_sheet_without_openpyxl_gets_one_line(
     (tmp_path / "t.xlsx").write_bytes(b"PK")
     with pytest.raises(InputError, match=r"reading xlsx needs openpyxl \(pip install 'dermfm\[xlsx\]'\)"):
         read("generic", images=save_images("a"), table=tmp_path / "t.xlsx")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (HEADERS["ham10000"] + ",dataset", r"the label 'image_id' is not valid, 0 to 7; it looks like HAM10000"),
+        (HEADERS["reference"].replace(",2,", ",nevus,"), "the label 'nevus' is not valid, 0 to 7; a line is id, label"),
+        (HEADERS["reference"].replace(",", ";"), "8 are needed; they are separated by ';', a comma is needed"),
+        ("", "is empty"),
+    ],
+)
+def test_a_false_table_in_the_studys_folder_is_named(
+    line: str, message: str, tmp_path: Path, save_images: Save
+) -> None:
+    table = tmp_path / "csv/HAM10000/classes_subclasses_metadata_mapping.csv"
+    table.parent.mkdir(parents=True)
+    table.write_text(f"{line}\n" if line else "")
+    with pytest.raises(InputError, match=f"{table}: .*{message}"):
+        read("reference", images=save_images("a"), table=tmp_path / "csv")

@@ -18,6 +18,7 @@ from dermfm.records.adapters.mra_midas import CONTROL
 from dermfm.records.adapters.reference import NO_IMAGES
 from dermfm.records.adapters.tables import UNMAPPED, UNNAMED_IMAGE, UNSPLIT
 from dermfm.records.build import RecordsConfig, resolved_sources
+from dermfm.records.csvtable import NOT_UTF8
 from dermfm.records.source import LAYOUTS, Losses, Reading, SourceConfig
 from dermfm.records.splits import TWICE
 from dermfm.records.table import Record
@@ -100,7 +101,10 @@ def test_an_isic_export_of_milk10k_becomes_two_data_sets_and_confocal_images_are
     images = save_images(*(str(row["isic_id"]) for row in rows))
     records = from_config(root, "milk10k-isic", losses, images=images, table=write_csv(tmp_path / "metadata.csv", rows))
     assert [record.dataset for record in records] == ["Milk10k_dermo", "Milk10k_clinic"]
-    assert (losses.count(OTHER_TYPE), losses.count(NO_TYPE)) == (1, 1)
+    # Their images have a row, so that they are not told as strangers too.
+    assert (losses.count(OTHER_TYPE), losses.count(NO_TYPE), losses.count(UNNAMED_IMAGE)) == (1, 1, 0)
+    with pytest.raises(InputError, match="no row has an image type that is read"):
+        from_config(root, "milk10k-isic", losses, images=images, table=write_csv(tmp_path / "metadata.csv", rows[2:]))
 
 
 def test_rows_that_the_archives_schema_refuses_are_counted_and_kept_unless_they_are_most(
@@ -229,7 +233,7 @@ def test_mra_midas_is_read_from_sheet_and_csv(suffix: str, tmp_path: Path, save_
     assert [r.label for r in records] == [5, 2, None, 2]
     assert [r.modality for r in records] == ["dermoscopic", "clinical", "clinical", "clinical"]
     assert {(r.patient_id, r.fitzpatrick, r.age, r.sex) for r in records} == {("7", 3, 71.0, "female")}
-    assert losses.count(CONTROL) == 1
+    assert (losses.count(CONTROL), losses.count(UNNAMED_IMAGE)) == (1, 0)
 
 
 PH2 = """\
@@ -267,6 +271,12 @@ def test_ph2_is_read_from_its_text_file_and_masks_are_no_images(tmp_path: Path, 
     )
     assert (two.findings or "").endswith("colours: light brown, dark brown")
     assert losses.count(UNNAMED_IMAGE) == 0
+    (tmp_path / "bad.txt").write_text(PH2.replace("IMD058", "      "))
+    with pytest.raises(InputError, match="row 3 has an empty 'name'"):
+        from_config(root, "ph2", losses, images=images, table=tmp_path / "bad.txt")
+    (tmp_path / "bad.txt").write_bytes(PH2.replace("Melanoma superficial", "Melanoma — in situ").encode("cp1252"))
+    from_config(root, "ph2", losses, images=images, table=tmp_path / "bad.txt")
+    assert losses.count(NOT_UTF8) == 1
 
 
 def test_the_sheet_of_ph2_says_the_same_as_its_text_file(tmp_path: Path, root: Path) -> None:
@@ -317,7 +327,7 @@ def test_class_folders_name_what_is_wrong_with_a_pattern(save_images: Save) -> N
     source = {"images": images, "dataset": "X", "modality": "clinical"}
     losses = Losses()
     assert len(read("folders", losses, **source, pattern="^(?P<diagnosis>Nevus)/")) == 1
-    assert losses.count(NO_MATCH) == 1
+    assert {kind: losses.count(kind) for kind in losses.kinds} == {NO_MATCH: 1}
     cases = {"(": "is no regular expression", "a": "needs the group", "(?P<diagnosis>x)x": "matches none"}
     for pattern, message in cases.items():
         with pytest.raises(InputError, match=message):
