@@ -4,9 +4,9 @@
 
 Both sides read the same JPEG files, decode (reduced while decoding), resize by area, encode and write, on the same
 number of cores with one thread each, in alternating rounds; the figures are medians. Start-up is not measured: both
-sides are timed once their processes run, ours in the pool that a set of this size gets and as the Ray Data job of
-larger ones. The other steps are listed apart, in milliseconds an image on one core. Memory is the growth of the largest
-process when four times as many images are done.
+sides are timed once every process has done its first images, ours in the pool that a set of this size gets and as the
+Ray Data job of larger ones. The other steps are listed apart, in milliseconds an image on one core. Memory is the
+growth of the largest process when four times as many images are done.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this script's own folder would shadow `shards`
 
 import cv2
+import pyarrow.parquet as pq
 import simplejpeg
 
 from benchmarks.shared.figures import figure, show
@@ -38,13 +39,14 @@ from dermfm.records import parts
 from dermfm.records.images import image_facts
 from dermfm.records.measure.attributes import measure
 from dermfm.records.measure.hair import remove_hair
-from dermfm.records.parts import PART, Place, Task, run_parts
+from dermfm.records.parts import PART, Place, Row, Task, run_parts
 from dermfm.records.preprocess.config import PreprocessConfig
 from dermfm.records.preprocess.crop import frame_box
 from dermfm.records.preprocess.decode import decode
 from dermfm.records.preprocess.job import SCHEMA, prepare_part
 
 SIZE, QUALITY, CORES = 128, 90, min(os.cpu_count() or 1, 8)
+WARM = 4  # parts a process that come before the images that are timed
 SETTINGS = PreprocessConfig(enabled=True, frame=False, square="crop", size=SIZE, quality=QUALITY)
 
 
@@ -86,17 +88,30 @@ def bare_rate(pool: ProcessPoolExecutor, paths: list[str], folder: str) -> float
     return count / (time.perf_counter() - began)
 
 
+def prepare_signed(tasks: Sequence[Task], config: dict[str, Any], workers: str) -> list[Row]:
+    """`prepare_part`, and a file named after this process once its first part is done."""
+    rows = prepare_part(tasks, config)
+    os.makedirs(workers, exist_ok=True)
+    mark = Path(workers, str(os.getpid()))
+    if not mark.exists():
+        mark.touch()
+    return rows
+
+
 def our_rate(paths: list[str], folder: Path, on_ray: bool) -> float:
     """Images per second of our job, in a pool or in a Ray session that is already there, in steady state."""
     shutil.rmtree(folder, ignore_errors=True)
-    tasks = [Task(str(i), path, str(folder / "images" / f"{i}.jpg")) for i, path in enumerate(paths)]
-    work = partial(prepare_part, config=to_dict(SETTINGS))
+    every = [*paths[: WARM * CORES * PART], *paths]
+    tasks = [Task(str(i), path, str(folder / "images" / f"{i}.jpg")) for i, path in enumerate(every)]
+    work = partial(prepare_signed, config=to_dict(SETTINGS), workers=str(folder / "workers"))
     parts.RAY_FROM = 1 if on_ray else 10**9
     rows = run_parts(tasks, work, folder / "parts", SCHEMA, Place(CORES), "preprocessing")
-    assert sum(row["error"] is None for row in rows.values()) == len(paths)
-    # Steady state: from the first parts that are there to the last one; planning the Ray Data job is start-up.
-    ends = sorted(file.stat().st_mtime_ns for file in (folder / "parts").glob("*.parquet"))
-    return (len(paths) - CORES * PART) / (ends[-1] - ends[CORES - 1]) * 1e9
+    assert sum(row["error"] is None for row in rows.values()) == len(every)
+    # Steady state: once each process has imported what it needs and done its first part.
+    began = sorted(mark.stat().st_mtime_ns for mark in (folder / "workers").iterdir())[:CORES][-1]
+    files = [file for file in (folder / "parts").glob("*.parquet") if file.stat().st_mtime_ns > began]
+    count = sum(pq.read_metadata(file).num_rows for file in files)
+    return count / (max(file.stat().st_mtime_ns for file in files) - began) * 1e9
 
 
 def throughput(paths: list[str], rounds: int) -> tuple[float, float, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pyarrow.parquet as pq
 from dermfm.config import REQUIRED, InputError, check_choice, check_range, key, short_hash, to_dict
 from dermfm.records.adapters import ADAPTERS
 from dermfm.records.csvtable import looks_like, read_text
-from dermfm.records.duplicates import HASH_BITS, duplicate_pairs
+from dermfm.records.duplicates import HASH_BITS, Looks, duplicate_pairs, looks_of
 from dermfm.records.groups import assign_groups, count_lesion_conflicts, drop_copies
 from dermfm.records.images import all_image_facts
 from dermfm.records.measure.job import measure_records
@@ -108,16 +109,16 @@ def build_records(config: RecordsConfig, dry_run: bool = False) -> Built:
     records = _read_sources(sources, reading)
     count_lesion_conflicts(records, losses)
     records = _drop(records, config, losses)
-    thumbnails: list[bytes] = []
+    looks = looks_of([])
     originals = {(record.dataset, record.source_id): record.path for record in records}
     if not dry_run:
-        records, thumbnails = image_work(records, config, reading)
+        records, looks = image_work(records, config, reading)
     if not records:
         raise InputError(f"{out}: no record is left; {'; '.join(losses.lines()) or 'the sources are empty'}")
     hashes = [record.phash or "" for record in records]
     distance = -1 if dry_run else config.duplicate_distance
     paths = [originals[record.dataset, record.source_id] for record in records]
-    pairs = duplicate_pairs(paths, hashes, thumbnails, distance, config.duplicate_matches, config.workers)
+    pairs = duplicate_pairs(paths, hashes, looks, distance, config.duplicate_matches, config.workers)
     assign_groups(records, pairs, losses)
     if config.copies == "drop":
         records = drop_copies(records, pairs, losses)
@@ -177,31 +178,35 @@ def _drop(records: list[Record], config: RecordsConfig, losses: Losses) -> list[
     return kept
 
 
-def image_work(records: list[Record], config: RecordsConfig, reading: Reading) -> tuple[list[Record], list[bytes]]:
+def image_work(records: list[Record], config: RecordsConfig, reading: Reading) -> tuple[list[Record], Looks]:
     """Everything that opens the images, and the only place that does; not called in a dry run.
 
     Fills width, height, phash (and `measured`) of every record; `path` changes where a new image is made. Returns the
-    records whose image can be read, in order, and their thumbnails; the others are counted.
+    records whose image can be read, in order, and their looks; the others are counted.
     """
     place = Place(config.workers, config.address)
     originals = {id(record): record.path for record in records}
     if config.preprocess.enabled:
         records = preprocess_records(records, config.preprocess, reading.folder, place, reading.losses)
-    kept, thumbnails = [], []
-    # Copies are looked for on the originals: removed hairs and other sizes would hide the texture they are known by.
-    facts_of_all = all_image_facts([originals[id(record)] for record in records], config.workers)
-    for record, facts in zip(records, facts_of_all, strict=True):
-        if facts.error:
-            reading.losses.add(UNREADABLE, f"{record.path.name}: {facts.error}")
-            continue
-        record.phash = facts.phash
-        if not config.preprocess.enabled:
-            record.width, record.height = facts.width, facts.height
-        kept.append(record)
-        thumbnails.append(facts.thumbnail)
+    kept: list[Record] = []
+
+    def thumbnails() -> Iterator[bytes]:
+        # Copies are looked for on the originals: removed hairs and other sizes would hide the texture that tells them.
+        facts_of_all = all_image_facts([originals[id(record)] for record in records], config.workers)
+        for record, facts in zip(records, facts_of_all, strict=True):
+            if facts.error:
+                reading.losses.add(UNREADABLE, f"{record.path.name}: {facts.error}")
+                continue
+            record.phash = facts.phash
+            if not config.preprocess.enabled:
+                record.width, record.height = facts.width, facts.height
+            kept.append(record)
+            yield facts.thumbnail
+
+    looks = looks_of(thumbnails())
     if config.measure:
         measure_records(kept, reading.folder, place, reading.losses)
-    return kept, thumbnails
+    return kept, looks
 
 
 __all__ = ["AtlasConfig", "Built", "RecordsConfig", "SourceConfig", "build_records", "resolved_sources"]

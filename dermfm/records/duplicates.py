@@ -10,7 +10,10 @@ and shift (keypoints.py). What that finds on those images is in results/duplicat
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -23,34 +26,78 @@ COARSE = 8  # side of what is correlated: 64 numbers an image
 CENTRES = (1.0, 0.85, 0.7)  # shares of the side that are compared with whole pictures
 NEIGHBOURS = 3  # most similar pictures of an image, for each of CENTRES
 MIN_COARSE = 0.9  # correlation below which a neighbour is no candidate
+NEAREST = 16  # pictures of an image whose hashes nearly agree with its own: the pairs grow with N, not with its square
 BLOCK = 1 << 22  # pairs looked at at a time
 NUM_BANDS, BAND_BITS = 4, 16  # of a hash
 _BAND_STARTS = BAND_BITS * np.arange(NUM_BANDS, dtype=np.uint64)
 BANDS_FROM, BANDS_TO = 4096, 15  # hashes from which, and bits up to which bands are worth their tables
 
 
+@dataclass(frozen=True)
+class Looks:
+    """What is kept of the thumbnails of N pictures, less than a kilobyte of each.
+
+    coarse: float32 [CENTRES, N, COARSE²], unit vectors of the pictures' centres; digests: uint64 [N, 2], the same for
+    the same thumbnail.
+    """
+
+    coarse: np.ndarray
+    digests: np.ndarray
+
+
+def looks_of(thumbnails: Iterable[bytes]) -> Looks:
+    """The looks of THUMBNAIL² grey bytes each, taken up as they come so that no thumbnail stays."""
+    coarse = [np.empty((len(CENTRES), 0, COARSE * COARSE), np.float32)]
+    digests = [b""]
+    rest = iter(thumbnails)
+    while block := list(islice(rest, 1024)):
+        pictures = np.frombuffer(b"".join(block), np.uint8).reshape(-1, THUMBNAIL, THUMBNAIL)
+        coarse.append(np.stack([coarse_vectors(pictures, share) for share in CENTRES]))
+        digests.extend(hashlib.blake2b(one, digest_size=16).digest() for one in block)
+    return Looks(np.concatenate(coarse, axis=1), np.frombuffer(b"".join(digests), np.uint64).reshape(-1, 2))
+
+
 def duplicate_pairs(
     paths: Sequence[Path],
     hashes: Sequence[str],
-    thumbnails: Sequence[bytes],
+    looks: Looks,
     max_distance: int,
     min_matches: int,
     workers: int = 0,
 ) -> list[tuple[int, int]]:
     """Pairs i < j of the same photograph, in order; none with `max_distance` < 0.
 
-    `hashes` are 16 hex digits or empty, `thumbnails` THUMBNAIL² grey bytes. Candidates differ in at most `max_distance`
-    bits or resemble each other; `min_matches` local features must agree. Equal thumbnails need no proof.
+    `hashes` are 16 hex digits or empty. Candidates differ in at most `max_distance` bits (the NEAREST of an image) or
+    resemble each other; `min_matches` local features must agree. Equal thumbnails need no proof.
     """
     if max_distance < 0 or len(hashes) < 2:
         return []
-    candidates = {*near_hashes(hashes, max_distance), *neighbours(thumbnails)}
-    equal = {(i, j) for i, j in candidates if thumbnails[i] == thumbnails[j]}
-    return sorted(equal | confirmed(paths, sorted(candidates - equal), min_matches, workers))
+    near = nearest_of(near_hashes(hashes, max_distance), hashes)
+    candidates = np.unique(np.concatenate([near, neighbours(looks.coarse)]), axis=0)
+    equal = (looks.digests[candidates[:, 0]] == looks.digests[candidates[:, 1]]).all(axis=1)
+    is_copy = equal.copy()
+    is_copy[~equal] = confirmed(paths, candidates[~equal], min_matches, workers)
+    return [(i, j) for i, j in candidates[is_copy].tolist()]
 
 
-def near_hashes(hashes: Sequence[str], max_distance: int) -> list[tuple[int, int]]:
-    """All pairs i < j of non-empty hashes that differ in at most `max_distance` bits, in order.
+def nearest_of(pairs: np.ndarray, hashes: Sequence[str]) -> np.ndarray:
+    """Those of the pairs [P, 2] in which one is among the NEAREST of the other by its hash, in order.
+
+    Of equally near ones the first count, so that of many copies of one picture all stay connected to the first.
+    """
+    bits = np.array([int(text or "0", 16) for text in hashes], dtype=np.uint64)
+    distance = np.bitwise_count(bits[pairs[:, 0]] ^ bits[pairs[:, 1]])
+    kept = np.zeros(len(pairs), bool)
+    for one, other in ((0, 1), (1, 0)):
+        order = np.lexsort((pairs[:, other], distance, pairs[:, one]))
+        image = pairs[order, one]
+        rank = np.arange(len(order)) - np.searchsorted(image, image)
+        kept[order] |= rank < NEAREST
+    return pairs[kept]
+
+
+def near_hashes(hashes: Sequence[str], max_distance: int) -> np.ndarray:
+    """All pairs i < j [P, 2] of non-empty hashes that differ in at most `max_distance` bits, in order.
 
     Exact; by bands where that looks at fewer pairs than comparing all. Memory is bounded but for the pairs found.
     """
@@ -59,7 +106,7 @@ def near_hashes(hashes: Sequence[str], max_distance: int) -> list[tuple[int, int
     masks = _band_masks(max_distance // NUM_BANDS) if len(bits) >= BANDS_FROM and max_distance <= BANDS_TO else None
     found = _near_by_bands(bits, max_distance, masks) if masks is not None else None
     found = _near_among_all(bits, max_distance) if found is None else found
-    return [(int(index[i]), int(index[j])) for i, j in found.tolist()]
+    return index[found]
 
 
 def _near_among_all(bits: np.ndarray, max_distance: int) -> np.ndarray:
@@ -120,24 +167,23 @@ def _band_masks(radius: int) -> np.ndarray:
     return values[np.bitwise_count(values.astype(np.uint32)) <= radius]
 
 
-def neighbours(thumbnails: Sequence[bytes]) -> Iterator[tuple[int, int]]:
-    """Pairs i < j where one picture, or its centre, is among the most similar to the other; a pair may come twice."""
-    pictures = np.frombuffer(b"".join(thumbnails), np.uint8).reshape(-1, THUMBNAIL, THUMBNAIL)
-    whole = coarse_vectors(pictures)
+def neighbours(coarse: np.ndarray) -> np.ndarray:
+    """Pairs i < j [P, 2] where one picture, or its centre, is among the most similar to the other; a pair may come
+    twice. `coarse`: as in Looks, whole pictures first."""
+    whole = coarse[0]
     rows = max(1, BLOCK // max(len(whole), 1))
-    for share in CENTRES:
-        part = whole if share == 1 else coarse_vectors(pictures, share)
+    pairs = [np.empty((0, 2), np.int64)]
+    for part in coarse:
         for start in range(0, len(part), rows):
             correlation = part[start : start + rows] @ whole.T
             here = np.arange(len(correlation))
             correlation[here, here + start] = -1
             for _ in range(min(NEIGHBOURS, len(whole) - 1)):
                 best = correlation.argmax(1)
-                value = correlation[here, best]
+                is_like = correlation[here, best] >= MIN_COARSE
                 correlation[here, best] = -1
-                for row in np.flatnonzero(value >= MIN_COARSE).tolist():
-                    i, j = start + row, int(best[row])
-                    yield min(i, j), max(i, j)
+                pairs.append(np.stack([start + here, best], axis=1)[is_like])
+    return np.sort(np.concatenate(pairs), axis=1)
 
 
 def coarse_vectors(pictures: np.ndarray, share: float = 1.0) -> np.ndarray:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import imagehash
@@ -135,9 +136,9 @@ def _decoded(path: Path) -> np.ndarray:
     return decode(path.read_bytes(), MAX_PIXELS).pixels
 
 
-def all_image_facts(paths: Sequence[Path], workers: int = 0) -> list[ImageFacts]:
+def all_image_facts(paths: Sequence[Path], workers: int = 0) -> Iterator[ImageFacts]:
     """`image_facts` of every path in order, over `workers` processes (0: one a core; few images: in process)."""
-    return list(track(_facts(paths, workers), len(paths), "reading images", "images"))
+    return track(_facts(paths, workers), len(paths), "reading images", "images")
 
 
 def _facts(paths: Sequence[Path], workers: int) -> Iterator[ImageFacts]:
@@ -145,5 +146,5 @@ def _facts(paths: Sequence[Path], workers: int) -> Iterator[ImageFacts]:
     if workers == 1 or len(paths) < POOL_FROM:
         yield from map(image_facts, paths)
         return
-    with ProcessPoolExecutor(workers) as pool:
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         yield from pool.map(image_facts, paths, chunksize=64)

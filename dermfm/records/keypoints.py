@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ RATIO = 0.72  # nearest over second-nearest descriptor distance, squared
 REACH = 4.0  # pixels that a feature may lie beside its place
 SCALES = (0.4, 2.5)
 POOL_FROM = 512  # images; fewer are done in process
-CHUNK = 64
+CHUNK = 64  # images described, or pairs compared, by one call of a process
+EQUAL = 255.0**2  # product of a descriptor with itself
 _ROW = np.dtype(
     [("count", np.int32), ("places", np.float32, (FEATURES, 2)), ("descriptors", np.uint8, (FEATURES, 128))]
 )
@@ -37,30 +39,33 @@ _ROW = np.dtype(
 
 @dataclass(frozen=True)
 class Features:
-    """places float32 [n, 2] in pixels of the small picture, descriptors uint8 [n, 128]."""
+    """places float32 [n, 2] in pixels of the small picture; descriptors [n, 128], whole numbers 0…255 of any type."""
 
     places: np.ndarray
     descriptors: np.ndarray
 
 
-def confirmed(
-    paths: Sequence[Path], pairs: Sequence[tuple[int, int]], min_matches: int, workers: int = 0
-) -> set[tuple[int, int]]:
-    """The pairs (places in `paths`) of which at least `min_matches` features agree.
+def confirmed(paths: Sequence[Path], pairs: np.ndarray, min_matches: int, workers: int = 0) -> np.ndarray:
+    """Of which of the pairs (places in `paths`, [P, 2]) at least `min_matches` features agree: bool [P].
 
     The features lie in a temporary file that all processes map, so that memory does not grow with the number of images.
     """
-    used = sorted({i for pair in pairs for i in pair})
-    place = {i: k for k, i in enumerate(used)}
+    used, place = np.unique(pairs, return_inverse=True)
+    both = place.reshape(-1, 2)
     with tempfile.TemporaryDirectory(prefix="dermfm-") as folder, _pool(max(len(used), len(pairs)), workers) as mapped:
         file = Path(folder, "features")
-        found = track(mapped(features_of, [paths[i] for i in used]), len(used), "describing images", "images")
-        _save(found, len(used), file)
-        both = [(place[i], place[j]) for i, j in pairs]
-        compared = mapped(functools.partial(_compare, file=file, num_images=len(used), enough=min_matches), both)
-        counts = list(track(compared, len(pairs), "comparing images", "pairs"))
+        blocks = [[paths[i] for i in used[k : k + CHUNK]] for k in range(0, len(used), CHUNK)]
+        found = chain.from_iterable(mapped(_describe, blocks))
+        _save(track(found, len(used), "describing images", "images"), len(used), file)
+        compare = functools.partial(_compare, file=file, num_images=len(used), enough=min_matches)
+        agreeing = chain.from_iterable(mapped(compare, [both[k : k + CHUNK] for k in range(0, len(both), CHUNK)]))
+        agree = np.fromiter(track(agreeing, len(both), "comparing images", "pairs"), bool, len(both))
         _rows.cache_clear()  # the file goes with its folder
-    return {pair for pair, count in zip(pairs, counts, strict=True) if count >= min_matches}
+    return agree
+
+
+def _describe(paths: Sequence[Path]) -> list[Features]:
+    return [features_of(path) for path in paths]
 
 
 def _save(found: Iterable[Features], num_images: int, file: Path) -> None:
@@ -74,11 +79,16 @@ def _save(found: Iterable[Features], num_images: int, file: Path) -> None:
     rows.flush()
 
 
-def _compare(pair: tuple[int, int], file: Path, num_images: int, enough: int) -> int:
-    """`num_agreeing` of two images of a file of _ROW."""
+def _compare(pairs: np.ndarray, file: Path, num_images: int, enough: int) -> list[bool]:
+    """Whether `enough` features of each pair of images of a file of _ROW agree."""
     rows = _rows(file, num_images)
-    one, two = (Features(row["places"][: row["count"]], row["descriptors"][: row["count"]]) for row in rows[list(pair)])
-    return num_agreeing(one, two, enough)
+    features = {i: _features(rows[i]) for i in np.unique(pairs).tolist()}
+    return [num_agreeing(features[i], features[j], enough) >= enough for i, j in pairs.tolist()]
+
+
+def _features(row: np.void) -> Features:
+    count = int(row["count"])
+    return Features(row["places"][:count], row["descriptors"][:count].astype(np.float32))
 
 
 @functools.lru_cache(maxsize=1)
@@ -114,12 +124,13 @@ def num_agreeing(one: Features, two: Features, enough: int = 0) -> int:
     """Features of two pictures that agree on one similarity transform; 0 where fewer than `enough` match at all."""
     if min(len(one.places), len(two.places)) < max(enough, 3):
         return 0
-    likeness = (one.descriptors.astype(np.float32) / 255) @ (two.descriptors.astype(np.float32) / 255).T
+    # Sums of products of whole numbers below 2^24: exact in float32, whatever the order of the sum.
+    likeness = one.descriptors.astype(np.float32, copy=False) @ two.descriptors.astype(np.float32, copy=False).T
     rows = np.arange(len(likeness))
     best = likeness.argmax(1)
     first = likeness[rows, best].copy()
     likeness[rows, best] = -1
-    is_match = (1 - first) < RATIO * (1 - likeness.max(1))
+    is_match = (EQUAL - first) < RATIO * (EQUAL - likeness.max(1))
     if is_match.sum() < max(enough, 3):
         return 0
     transform, agree = cv2.estimateAffinePartial2D(
@@ -132,11 +143,11 @@ def num_agreeing(one: Features, two: Features, enough: int = 0) -> int:
 
 
 @contextlib.contextmanager
-def _pool(size: int, workers: int) -> Iterator[Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[Any]]]:
+def _pool(size: int, workers: int) -> Iterator[Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]]:
     """`map` in order over processes, or in this one where there is little to do."""
     workers = workers or os.cpu_count() or 1
     if workers == 1 or size < POOL_FROM:
         yield map
         return
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        yield functools.partial(pool.map, chunksize=CHUNK)
+        yield pool.map

@@ -95,7 +95,8 @@ def do_part(part: Sequence[Task], work: Work, folder: Path, schema: pa.Schema) -
     rows = work(part)
     path = folder / f"{short_hash([task.key for task in part])}.parquet"
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), temporary)
+    # A part is small and read once, as a whole: dictionaries and statistics would cost more than they save.
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), temporary, use_dictionary=False, write_statistics=False)
     os.replace(temporary, path)
     return rows
 

@@ -89,10 +89,26 @@ def _decode_jpeg(data: bytes, max_pixels: int, at_least: int) -> Decoded | None:
 
 def _orientation(data: bytes) -> int:
     """EXIF orientation 1…8 of a JPEG; 1 where there is none or it is broken."""
-    if data.find(b"Exif\x00\x00", 0, EXIF_SEARCH) < 0:
+    if not _has_exif(data):
         return 1
     with Image.open(io.BytesIO(data)) as image:
         return _exif_orientation(image)
+
+
+def _has_exif(data: bytes) -> bool:
+    """Whether an EXIF block lies before a JPEG's picture: by its segments, since a search would read the picture."""
+    place = 2
+    while place < EXIF_SEARCH and data[place : place + 1] == b"\xff":
+        marker, size = data[place + 1 : place + 2], int.from_bytes(data[place + 2 : place + 4], "big")
+        if marker in (b"\xda", b"\xd9", b""):  # the picture begins, or the file ends
+            return False
+        if marker == b"\xff":  # a fill byte
+            place += 1
+            continue
+        if marker == b"\xe1" and data[place + 4 : place + 10] == b"Exif\x00\x00":
+            return True
+        place += 2 + size
+    return False
 
 
 def _exif_orientation(image: Image.Image) -> int:

@@ -98,7 +98,7 @@ def test_of_an_image_in_two_folders_equal_bytes_are_taken_once_and_different_one
         COPIED_FILES: {"part_2/a.jpg": 1},
         SEVERAL_FILES: {"b: part_1/b.jpg and part_2/b.jpg": 1},
     }
-    with pytest.raises(InputError, match="several different files have each name, first .*part_1/b.jpg and"):
+    with pytest.raises(InputError, match=r"several different files have each name, first .*part_1/b\.jpg and"):
         read("generic", images=images, table=write_csv(tmp_path / "u.csv", [generic_row("b")]))
 
 
@@ -118,7 +118,7 @@ def test_columns_without_a_name_are_left_out_and_an_empty_file_is_named(tmp_path
     assert read_rows(table, ["sample_id"], "generic") == [{"sample_id": "a", "label": "1"}]
     for text in ("", "\n", ",,\n"):
         table.write_text(text)
-        with pytest.raises(InputError, match="t.csv: is empty, or its first line is"):
+        with pytest.raises(InputError, match=r"t\.csv: is empty, or its first line is"):
             read_rows(table, ["sample_id"], "generic")
 
 

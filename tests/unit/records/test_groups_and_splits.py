@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageEnhance
 
 from dermfm.records import keypoints
-from dermfm.records.duplicates import THUMBNAIL, duplicate_pairs, near_hashes, neighbours
+from dermfm.records.duplicates import NEAREST, THUMBNAIL, duplicate_pairs, looks_of, near_hashes, nearest_of, neighbours
 from dermfm.records.groups import DROPPED, assign_groups, drop_copies
 from dermfm.records.images import image_facts
 from dermfm.records.keypoints import describe, num_agreeing
@@ -67,7 +67,7 @@ def test_near_hashes_finds_exactly_the_pairs_within_the_distance(
     flips = data.draw(st.lists(st.integers(0, 63), max_size=9, unique=True))
     values.append(values[0] ^ sum(1 << bit for bit in flips))
     expected = {(i, j) for (i, a), (j, b) in combinations(enumerate(values), 2) if (a ^ b).bit_count() <= distance}
-    assert set(near_hashes([f"{value:016x}" for value in values], distance)) == expected
+    assert set(map(tuple, near_hashes([f"{value:016x}" for value in values], distance).tolist())) == expected
 
 
 def test_near_hashes_by_bands_are_those_of_comparing_all_with_all() -> None:
@@ -85,11 +85,34 @@ def test_near_hashes_by_bands_are_those_of_comparing_all_with_all() -> None:
             for j in np.flatnonzero(np.bitwise_count(values[i] ^ values[i + 1 :]) <= distance)
         ]
         assert len(naive) > 3
-        assert near_hashes([f"{value:016x}" for value in values], distance) == naive
+        assert near_hashes([f"{value:016x}" for value in values], distance).tolist() == [list(pair) for pair in naive]
 
 
 def test_near_hashes_of_many_equal_ones_are_all_pairs() -> None:
     assert len(near_hashes(["00ff00ff00ff00ff"] * 600 + [f"{i * 7919:016x}" for i in range(4000)], 0)) == 600 * 599 // 2
+
+
+def test_of_many_near_hashes_the_nearest_stay_and_all_copies_stay_connected() -> None:
+    hashes = ["00ff00ff00ff00ff"] * 200 + [f"{0x00FF00FF00FF00FF ^ (1 << bit):016x}" for bit in range(5)]
+    kept = nearest_of(near_hashes(hashes, 1), hashes)
+    assert len(kept) <= 2 * NEAREST * len(hashes) < len(near_hashes(hashes, 1))
+    linked = {0}
+    for i, j in kept.tolist():  # in order, so that one pass is enough: every copy is paired with the first
+        linked |= {i, j} if {i, j} & linked else set()
+    assert linked == set(range(len(hashes)))
+    few = near_hashes(hashes[:NEAREST], 0)
+    assert nearest_of(few, hashes).tolist() == few.tolist()
+
+
+def test_looks_tell_equal_thumbnails_and_take_up_a_stream_of_them() -> None:
+    rng = np.random.default_rng(3)
+    thumbnails = [rng.integers(0, 256, THUMBNAIL**2, dtype=np.uint8).tobytes() for _ in range(1030)]
+    thumbnails[1029] = thumbnails[5]
+    looks = looks_of(iter(thumbnails))
+    assert looks.coarse.shape == (3, 1030, 64)
+    same = (looks.digests[:, None] == looks.digests[None]).all(axis=2)
+    assert np.argwhere(np.triu(same, 1)).tolist() == [[5, 1029]]
+    assert np.allclose((looks.coarse**2).sum(axis=2), 1, atol=1e-5)
 
 
 def copies_among(pictures: list[Image.Image], folder: Path, distance: int = 8) -> set[tuple[int, int]]:
@@ -99,7 +122,8 @@ def copies_among(pictures: list[Image.Image], folder: Path, distance: int = 8) -
         picture.save(path, quality=92 - 5 * i)
     facts = [image_facts(path) for path in paths]
     assert {len(each.thumbnail) for each in facts} == {THUMBNAIL**2}
-    return set(duplicate_pairs(paths, [f.phash for f in facts], [f.thumbnail for f in facts], distance, 8))
+    looks = looks_of(f.thumbnail for f in facts)
+    return set(duplicate_pairs(paths, [f.phash for f in facts], looks, distance, 8))
 
 
 def test_recompressed_recoloured_cropped_and_magnified_copies_are_found_and_other_pictures_are_not(
@@ -135,7 +159,7 @@ def test_two_dark_spots_on_pale_skin_are_not_taken_for_the_same_photograph(tmp_p
     assert copies_among(spots, tmp_path) == set()
     # They were candidates: it was the local features that told them apart.
     thumbnails = [image_facts(tmp_path / f"{i}.jpg").thumbnail for i in range(2)]
-    assert set(neighbours(thumbnails)) == {(0, 1)}
+    assert set(map(tuple, neighbours(looks_of(thumbnails).coarse).tolist())) == {(0, 1)}
     assert copies_among([spots[0], spots[0].crop((10, 8, 152, 150))], tmp_path) == {(0, 1)}
 
 
@@ -145,8 +169,10 @@ def test_copies_are_confirmed_alike_in_one_process_and_in_two(tmp_path: Path, mo
     paths = [tmp_path / f"{i}.png" for i in range(3)]
     for path, picture in zip(paths, spots, strict=True):
         picture.save(path)
-    pairs = [(0, 1), (0, 2), (1, 2)]
-    assert keypoints.confirmed(paths, pairs, 8, 1) == keypoints.confirmed(paths, pairs, 8, 2) == {(0, 2)}
+    pairs = np.array([(0, 1), (0, 2), (1, 2)])
+    for workers in (1, 2):
+        assert keypoints.confirmed(paths, pairs, 8, workers).tolist() == [False, True, False]
+    assert keypoints.confirmed(paths, pairs[:0], 8).tolist() == []
 
 
 def test_features_agree_only_where_one_similarity_transform_carries_them_over() -> None:
