@@ -7,10 +7,11 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image, ImageOps
 
-from dermfm.records.parts import Place, Task, run_parts
+from dermfm.records.parts import Place, Task, read_rows, run_parts
 from dermfm.records.preprocess import decode as kinds
 from dermfm.records.preprocess.config import PreprocessConfig
 from dermfm.records.preprocess.crop import frame_box
@@ -53,6 +54,18 @@ def test_exif_orientation_is_undone_as_pillow_does_it(form: str, orientation: in
     assert decoded.full_size == expected.shape[1::-1]
     assert np.abs(decoded.pixels - expected).mean() < 1
     assert (kinds.ROTATED in decoded.kinds) == (orientation > 1)
+
+
+def test_exif_is_found_behind_other_segments_and_not_in_their_text() -> None:
+    comment = b"\xff\xff\xfe" + (2 + 12).to_bytes(2, "big") + b"Exif\x00\x00 no!! "  # after a fill byte
+    plain = saved(picture(), "JPEG")
+    assert decode(plain[:2] + comment + plain[2:], LIMIT).kinds == ()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = saved(picture(), "JPEG", exif=exif)
+    decoded = decode(turned[:2] + comment + turned[2:], LIMIT)
+    assert decoded.kinds == (kinds.ROTATED,)
+    assert np.array_equal(decoded.pixels, decode(turned, LIMIT).pixels)
 
 
 def test_cmyk_jpegs_become_rgb_and_are_counted() -> None:
@@ -235,6 +248,17 @@ def test_ids_with_odd_characters_keep_files_of_their_own() -> None:
     names = {safe_name(name) for name in ("a/b", "a_b", "a b", "../b", ".hidden")}
     assert len(names) == 5
     assert not any("/" in name or name.startswith(".") for name in names)
+
+
+def test_rows_of_parts_are_a_mapping_in_which_the_newest_of_a_key_counts(tmp_path: Path) -> None:
+    rows = read_rows(tmp_path, SCHEMA.names)
+    assert dict(rows) == {}
+    for kind in ("old", "new"):
+        part = [dict.fromkeys(SCHEMA.names) | {"key": key, "kinds": [kind]} for key in ("a", f"only {kind}")]
+        rows.add(pa.Table.from_pylist(part, schema=SCHEMA))
+    assert {key: row["kinds"] for key, row in rows.items()} == {"a": ["new"], "only old": ["old"], "only new": ["new"]}
+    assert len(rows) == 3
+    assert "b" not in rows
 
 
 def test_a_part_that_was_cut_short_is_done_again(tmp_path: Path) -> None:
