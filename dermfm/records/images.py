@@ -5,9 +5,8 @@ from __future__ import annotations
 import filecmp
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
+from itertools import chain
 from pathlib import Path
 
 import imagehash
@@ -18,10 +17,11 @@ from dermfm.config import InputError
 from dermfm.progress import track
 from dermfm.records.duplicates import THUMBNAIL
 from dermfm.records.preprocess.decode import decode
+from dermfm.records.processes import mapping
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 MAX_PIXELS = 200_000_000  # larger files are refused: decompression bombs, whole-slide scans
-POOL_FROM = 512  # fewer images than this are read in process
+CHUNK = 64  # images read by one call of a process
 
 
 @dataclass(frozen=True)
@@ -142,9 +142,10 @@ def all_image_facts(paths: Sequence[Path], workers: int = 0) -> Iterator[ImageFa
 
 
 def _facts(paths: Sequence[Path], workers: int) -> Iterator[ImageFacts]:
-    workers = workers or os.cpu_count() or 1
-    if workers == 1 or len(paths) < POOL_FROM:
-        yield from map(image_facts, paths)
-        return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        yield from pool.map(image_facts, paths, chunksize=64)
+    blocks = [paths[k : k + CHUNK] for k in range(0, len(paths), CHUNK)]
+    with mapping(workers, len(paths)) as mapped:
+        yield from chain.from_iterable(mapped(_block_facts, blocks))
+
+
+def _block_facts(paths: Sequence[Path]) -> list[ImageFacts]:
+    return [image_facts(path) for path in paths]

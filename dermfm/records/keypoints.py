@@ -6,30 +6,25 @@ SIFT (Lowe 2004, doi:10.1023/B:VISI.0000029664.99615.94) with square-rooted desc
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
 from dermfm.progress import track
+from dermfm.records.processes import mapping
 
 SIDE = 128  # shorter side in pixels of the picture that is described
 FEATURES = 100  # at most so many an image
 RATIO = 0.72  # nearest over second-nearest descriptor distance, squared
 REACH = 4.0  # pixels that a feature may lie beside its place
 SCALES = (0.4, 2.5)
-POOL_FROM = 512  # images; fewer are done in process
 CHUNK = 64  # images described, or pairs compared, by one call of a process
 EQUAL = 255.0**2  # product of a descriptor with itself
 _ROW = np.dtype(
@@ -52,7 +47,7 @@ def confirmed(paths: Sequence[Path], pairs: np.ndarray, min_matches: int, worker
     """
     used, place = np.unique(pairs, return_inverse=True)
     both = place.reshape(-1, 2)
-    with tempfile.TemporaryDirectory(prefix="dermfm-") as folder, _pool(max(len(used), len(pairs)), workers) as mapped:
+    with tempfile.TemporaryDirectory(prefix="dermfm-") as folder, mapping(workers, len(used) + len(pairs)) as mapped:
         file = Path(folder, "features")
         blocks = [[paths[i] for i in used[k : k + CHUNK]] for k in range(0, len(used), CHUNK)]
         found = chain.from_iterable(mapped(_describe, blocks))
@@ -140,14 +135,3 @@ def num_agreeing(one: Features, two: Features, enough: int = 0) -> int:
         return 0
     # Several features of one picture may claim the same place of the other; it counts once.
     return len(set(best[is_match][agree.ravel().astype(bool)].tolist()))
-
-
-@contextlib.contextmanager
-def _pool(size: int, workers: int) -> Iterator[Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]]:
-    """`map` in order over processes, or in this one where there is little to do."""
-    workers = workers or os.cpu_count() or 1
-    if workers == 1 or size < POOL_FROM:
-        yield map
-        return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        yield pool.map

@@ -10,10 +10,8 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +21,10 @@ import pyarrow.parquet as pq
 from cluster.ray import ray_session
 from dermfm.config import short_hash
 from dermfm.progress import Meter
+from dermfm.records.processes import mapping, one_thread
 
 PART = 64  # images: what a killed worker loses at most
 PARTS_A_BLOCK = 4  # parts a Ray task does: its overhead is spread over them
-POOL_FROM = 512  # images; fewer are done in this process
 RAY_FROM = 20_000  # images; fewer are done by a pool of processes, before Ray would have started
 Row = dict[str, Any]
 
@@ -142,19 +140,12 @@ def _is_done(task: Task, row: Row | None) -> bool:
 def _runner(num_images: int, place: Place) -> Callable[..., Iterator[pa.Table]]:
     if place.address or (num_images >= RAY_FROM and place.num_workers > 1):
         return _on_ray
-    return _in_pool if num_images >= POOL_FROM and place.num_workers > 1 else _in_process
+    return _here
 
 
-def _in_process(
-    parts: list[list[Task]], work: Work, folder: Path, schema: pa.Schema, place: Place
-) -> Iterator[pa.Table]:
-    for part in parts:
-        yield do_part(part, work, folder, schema)
-
-
-def _in_pool(parts: list[list[Task]], work: Work, folder: Path, schema: pa.Schema, place: Place) -> Iterator[pa.Table]:
-    with ProcessPoolExecutor(min(place.num_workers, len(parts)), mp_context=get_context("spawn")) as pool:
-        yield from pool.map(partial(do_part, work=work, folder=folder, schema=schema), parts)
+def _here(parts: list[list[Task]], work: Work, folder: Path, schema: pa.Schema, place: Place) -> Iterator[pa.Table]:
+    with mapping(place.num_workers, sum(map(len, parts))) as mapped:
+        yield from mapped(partial(do_part, work=work, folder=folder, schema=schema), parts)
 
 
 def _on_ray(parts: list[list[Task]], work: Work, folder: Path, schema: pa.Schema, place: Place) -> Iterator[pa.Table]:
@@ -177,5 +168,6 @@ def _on_ray(parts: list[list[Task]], work: Work, folder: Path, schema: pa.Schema
 
 def _do_batch(batch: pa.Table, work: Work, folder: Path, schema: pa.Schema) -> pa.Table:
     """The rows of one part, in a Ray worker."""
+    one_thread()
     parts = batch.column("part").to_pylist()
     return pa.concat_tables(do_part([Task(*task) for task in part], work, folder, schema) for part in parts)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dermfm.records import parts
+from dermfm.records import parts, processes
 from dermfm.records.parts import Place
 from dermfm.records.preprocess.config import PreprocessConfig
 from dermfm.records.preprocess.job import preprocess_records
@@ -42,7 +42,7 @@ def digests(folder: Path) -> dict[str, str]:
 def test_one_process_a_pool_and_ray_write_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = PreprocessConfig(enabled=True, hair=True, square="crop", size=48)
     outcomes = []
-    monkeypatch.setattr(parts, "POOL_FROM", 1)
+    monkeypatch.setattr(processes, "POOL_FROM", 1)
     for name, workers, ray_from in (("alone", 1, 10**9), ("pool", 2, 10**9), ("ray", 2, 1)):
         monkeypatch.setattr(parts, "RAY_FROM", ray_from)
         losses = Losses()

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance
+from threadpoolctl import threadpool_info, threadpool_limits
 
-from dermfm.records import keypoints
+from dermfm.records import keypoints, processes
 from dermfm.records.duplicates import NEAREST, THUMBNAIL, duplicate_pairs, looks_of, near_hashes, nearest_of, neighbours
 from dermfm.records.groups import DROPPED, assign_groups, drop_copies
 from dermfm.records.images import image_facts
@@ -164,7 +165,7 @@ def test_two_dark_spots_on_pale_skin_are_not_taken_for_the_same_photograph(tmp_p
 
 
 def test_copies_are_confirmed_alike_in_one_process_and_in_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(keypoints, "POOL_FROM", 1)
+    monkeypatch.setattr(processes, "POOL_FROM", 1)
     spots = [spot_on_skin(3), spot_on_skin(4), spot_on_skin(3).crop((10, 8, 152, 150))]
     paths = [tmp_path / f"{i}.png" for i in range(3)]
     for path, picture in zip(paths, spots, strict=True):
@@ -173,6 +174,18 @@ def test_copies_are_confirmed_alike_in_one_process_and_in_two(tmp_path: Path, mo
     for workers in (1, 2):
         assert keypoints.confirmed(paths, pairs, 8, workers).tolist() == [False, True, False]
     assert keypoints.confirmed(paths, pairs[:0], 8).tolist() == []
+
+
+def test_small_work_is_mapped_in_this_process_on_one_thread_which_ends_with_it() -> None:
+    def threads() -> list[int]:
+        return [library["num_threads"] for library in threadpool_info()]
+
+    with threadpool_limits(limits=2):
+        before = threads()
+        with processes.mapping(0, processes.POOL_FROM - 1) as mapped:
+            assert list(mapped(lambda n: (n, set(threads())), [1, 2])) == [(1, {1}), (2, {1})]
+        assert threads() == before
+    assert 2 in before or max(before) == 1  # a machine of one core has no second thread
 
 
 def test_features_agree_only_where_one_similarity_transform_carries_them_over() -> None:
