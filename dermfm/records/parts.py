@@ -53,7 +53,7 @@ class Place:
 
 
 class Rows(Mapping[str, Row]):
-    """Rows by their key, kept as Arrow tables: a tenth of what dictionaries take. Of a key that comes again the newest
+    """Rows by their key, kept as Arrow tables: a third of what dictionaries take. Of a key that comes again the newest
     counts."""
 
     def __init__(self) -> None:
