@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from cluster.ray import ray_session
 from dermfm.config import short_hash
 from dermfm.progress import Meter
+from shards.files import replacing
 
 PART = 64  # images: what a killed worker loses at most
 PARTS_A_BLOCK = 4  # parts a Ray task does: its overhead is spread over them
@@ -94,9 +95,8 @@ def do_part(part: Sequence[Task], work: Work, folder: Path, schema: pa.Schema) -
     """Do one part and write its file under a temporary name first."""
     rows = work(part)
     path = folder / f"{short_hash([task.key for task in part])}.parquet"
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), temporary)
-    os.replace(temporary, path)
+    with replacing(path, flush=False) as temporary:
+        pq.write_table(pa.Table.from_pylist(rows, schema=schema), temporary)
     return rows
 
 
