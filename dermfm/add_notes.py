@@ -15,8 +15,9 @@ from dermfm.pack import DONE, ROWS
 from dermfm.pack_plan import NOTE_FIELDS, PLAN, table_hash
 from dermfm.progress import Meter
 from dermfm.storage import CacheConfig, remote
+from shards.files import write_text
 from shards.index import index_path
-from shards.manifest import FILE_NAME, Manifest, ShardInfo, write_manifest, write_text
+from shards.manifest import FILE_NAME, Manifest, ShardInfo, write_manifest
 from shards.reader import ShardReader
 from shards.storage import check_local, is_remote
 from shards.writer import write_shard

@@ -22,7 +22,7 @@ from dermfm import zero
 from dermfm.config import InputError, from_dict, nearest, read_yaml
 from dermfm.model.dermfm import DermFM, ModelConfig
 from dermfm.writer import in_threads
-from shards.manifest import file_sha256, write_text
+from shards.files import file_sha256, write_text
 
 LATEST, BEST, COMPLETE, STATE, KEEP = "latest", "best", "COMPLETE", "state.json", "KEEP"
 UNIVERSAL, ASIDE = ".universal", ".aside"

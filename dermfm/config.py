@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, Node, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 T = TypeVar("T")
@@ -226,13 +226,19 @@ def _guard(source: str, call: Any) -> Any:
 
 
 def _overlay(schema: type, below: DictConfig, layer: DictConfig, source: str, item: str = "") -> DictConfig:
-    """`layer` laid over `below`, its keys checked. `item`: the name that a `key=value` of the command line gives."""
+    """`layer` laid over `below`, its keys checked. `item`: the name that a `key=value` of the command line gives.
+
+    A `???` in a file makes a key required that had a value, which OmegaConf's merge would keep.
+    """
     _check_keys(schema, layer, source)
     for name, kind, _ in _fields(schema):
         is_whole = kind.startswith("dict[") and not item.startswith(f"{name}.")
         if is_whole and isinstance(OmegaConf.select(layer, name), DictConfig):
             OmegaConf.update(below, name, {}, merge=False)
-    return _guard(source, lambda: OmegaConf.merge(below, layer))
+    merged: DictConfig = _guard(source, lambda: OmegaConf.merge(below, layer))
+    for name in _left_open(layer):
+        OmegaConf.update(merged, name, REQUIRED)
+    return merged
 
 
 def _check_keys(schema: type, layer: DictConfig, source: str, prefix: str = "") -> None:
@@ -284,6 +290,16 @@ def _fields(schema: type, prefix: str = "") -> Iterator[tuple[str, str, str]]:
             hint = hints[field.name]
             kind = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
             yield prefix + field.name, kind.replace("typing.", ""), field.metadata.get("doc", "")
+
+
+def _left_open(layer: DictConfig, prefix: str = "") -> Iterator[str]:
+    """The keys that stand as `???`; one that refers to such a key is not among them."""
+    for name in map(str, layer):
+        node = layer._get_node(name)
+        if isinstance(node, DictConfig) and not node._is_missing() and not node._is_none():
+            yield from _left_open(node, f"{prefix}{name}.")
+        elif isinstance(node, Node) and node._value() == REQUIRED:
+            yield f"{prefix}{name}"
 
 
 def _leaves(layer: DictConfig, prefix: str = "") -> Iterator[str]:

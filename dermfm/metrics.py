@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from dermfm.progress import duration
+from shards.files import write_text
 
 JSONL = "metrics.jsonl"
 _log = logging.getLogger(__name__)
@@ -93,9 +94,7 @@ def keep_rows(path: Path, last_step: int) -> None:
     if not path.is_file():
         return
     kept = [r for r in read_rows(path) if r["step"] <= last_step]
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text("".join(json.dumps(r) + "\n" for r in kept))
-    partial.replace(path)
+    write_text(path, "".join(json.dumps(r) + "\n" for r in kept))
 
 
 def line(step: int, total_steps: int, values: Mapping[str, float]) -> str:

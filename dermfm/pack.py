@@ -29,8 +29,9 @@ from dermfm.config import InputError, canonical_json
 from dermfm.pack_plan import NOTE_FIELDS, PLAN, Plan, ShardsConfig, make_plan, settings
 from dermfm.progress import Meter
 from dermfm.records.table import SPLITS
+from shards.files import replacing, write_text
 from shards.index import index_path
-from shards.manifest import FILE_NAME, Manifest, ShardInfo, write_manifest, write_text
+from shards.manifest import FILE_NAME, Manifest, ShardInfo, write_manifest
 from shards.storage import check_local
 from shards.writer import write_shard
 
@@ -284,8 +285,8 @@ def write_rows(out: Path, records: pa.Table, packed: Iterable[tuple[str, list[st
     table = pa.table({"shard": pa.array(shard, pa.string()), "row": pa.array(row, pa.int64())})
     for name in fields.column_names:
         table = table.append_column(name, fields[name])
-    pq.write_table(table, out / f"{ROWS}.tmp")
-    os.replace(out / f"{ROWS}.tmp", out / ROWS)
+    with replacing(out / ROWS) as temporary:
+        pq.write_table(table, temporary)
 
 
 def _describe(config: ShardsConfig, plan: Plan, num_done: int) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from dermfm.config import InputError, short_hash, to_yaml
-from shards.manifest import write_text
+from shards.files import write_text
 
 LOCK_TRIES, LOCK_PAUSE_S = 20, 0.1
 

@@ -17,7 +17,7 @@ from dermfm.config import InputError, check_range, key, short_hash, to_yaml
 from dermfm.journal import note
 from dermfm.pipeline import JOBS as CHAIN_JOBS
 from dermfm.pipeline import PipelineConfig
-from shards.manifest import file_sha256, write_text
+from shards.files import file_sha256, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("launch", "cluster", "dermfm", "shards", "configs", "slurm")

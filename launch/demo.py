@@ -20,7 +20,7 @@ from cluster.usage import PeakMemory
 from dermfm.config import to_yaml
 from dermfm.pipeline import CHAIN, JOBS, PipelineConfig, set_aside
 from dermfm.progress import duration
-from shards.manifest import write_text
+from shards.files import write_text
 
 
 def schema(_: Any) -> type[PipelineConfig]:

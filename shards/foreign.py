@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from shards.files import file_sha256
 from shards.index import Member, ShardError, index_path, scan_tar, write_index
-from shards.manifest import FILE_NAME, Manifest, ShardInfo, file_sha256, read_manifest, write_manifest
+from shards.manifest import FILE_NAME, Manifest, ShardInfo, read_manifest, write_manifest
 
 
 def index_folder(folder: str | Path, split_of: Callable[[str], str]) -> Iterator[ShardInfo]:

@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from shards.files import write_text
+
 VERSION = "v1.2"
 BLOCK = tarfile.BLOCKSIZE  # 512 bytes: a tar header, and what members are padded to
 
@@ -123,12 +125,7 @@ def index_text(samples: list[list[Member]]) -> str:
 
 def write_index(path: str | Path, samples: list[list[Member]]) -> None:
     """Write an index file under a temporary name and rename it into place."""
-    temporary = f"{path}.tmp"
-    with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-        file.write(index_text(samples))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_text(path, index_text(samples))
 
 
 class ShardIndex:

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import io
 import json
-import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from shards.cache import check_cache, download
+from shards.files import file_sha256, write_text
 from shards.index import BLOCK, ShardError, ShardIndex, index_path, index_text, scan_tar
 from shards.storage import Remote, Storage, is_remote
 
@@ -181,25 +181,6 @@ def write_manifest(folder: str | Path, shards: Sequence[ShardInfo], about: dict[
     content = {"format": FORMAT, **about, "fingerprint": fingerprint, "shards": [asdict(s) for s in shards]}
     write_text(Path(folder) / FILE_NAME, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     return Manifest(str(folder), list(shards), fingerprint, about)
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write a file under a temporary name, flush it to disk and rename it into place."""
-    temporary = f"{path}.{os.getpid()}.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def file_sha256(path: str | Path) -> str:
-    """The sha256 of a file's bytes, in hex."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -6,7 +6,6 @@ ends in a hash of everything that the values depend on, so a stale piece is neve
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from dermfm.config import InputError, short_hash
+from shards.files import replacing
 
 Arrays = dict[str, np.ndarray]
 
@@ -65,9 +65,8 @@ class Parts:
         return self.folder / name
 
     def _save(self, arrays: Arrays, name: str) -> None:
-        temporary = self._path(name + ".tmp")
-        save_file({n: np.ascontiguousarray(a) for n, a in arrays.items()}, temporary)
-        os.replace(temporary, self._path(name))
+        with replacing(self._path(name)) as temporary:
+            save_file({n: np.ascontiguousarray(a) for n, a in arrays.items()}, temporary)
 
 
 def _joined(pieces: list[Arrays]) -> Arrays:

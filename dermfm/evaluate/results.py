@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from dermfm.config import InputError, read_file
 from dermfm.evaluate.classify import Value
 from dermfm.evaluate.records import RecordSet, TextSet
 from dermfm.evaluate.zeroshot import Prompts
-from shards.manifest import write_text
+from shards.files import replacing, write_text
 
 METRICS, EMBEDDINGS, IDS, PREDICTIONS = "metrics.json", "embeddings.safetensors", "ids.parquet", "predictions.parquet"
 CLASSES, REPORTS = "per_class.json", "reports.parquet"
@@ -112,10 +111,9 @@ def read_metrics(path: str | Path) -> dict[str, Any]:
 def write_embeddings(folder: Path, image: np.ndarray, text: np.ndarray, prompt: np.ndarray) -> None:
     """Write the three matrices, float32, rows of unit length."""
     arrays = {"image": image, "text": text, "prompt": prompt}
-    temporary = folder / (EMBEDDINGS + ".tmp")
-    save_file({name: np.ascontiguousarray(a, dtype=np.float32) for name, a in arrays.items()}, temporary)
-    temporary.chmod(0o644)  # safetensors writes files that only their owner can read
-    os.replace(temporary, folder / EMBEDDINGS)
+    with replacing(folder / EMBEDDINGS) as temporary:
+        save_file({name: np.ascontiguousarray(a, dtype=np.float32) for name, a in arrays.items()}, temporary)
+        temporary.chmod(0o644)  # safetensors writes files that only their owner can read
 
 
 def write_ids(folder: Path, records: RecordSet, texts: list[TextSet], prompts: Prompts) -> None:
@@ -168,6 +166,5 @@ def _record_id_row(records: RecordSet, i: int, kind: str, row: int) -> Row:
 
 def _write_table(path: Path, rows: list[Row], schema: pa.Schema) -> None:
     columns = {name: [row.get(name) for row in rows] for name in schema.names}
-    temporary = path.with_name(path.name + ".tmp")
-    pq.write_table(pa.table(columns, schema=schema), temporary)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        pq.write_table(pa.table(columns, schema=schema), temporary)

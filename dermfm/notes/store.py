@@ -6,7 +6,6 @@ kept so that an interrupted part is made again with the same notes in the same o
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dermfm.config import InputError
+from shards.files import replacing
 
 SOURCES = ("generated", "regenerated", "repaired", "template")
 NOTE_SCHEMA = pa.schema(
@@ -124,13 +124,11 @@ def _read_part(path: Path, columns: list[str]) -> pa.Table:
 
 
 def _write(table: pa.Table, path: Path) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # several jobs may write the plan at a time
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(table, temporary, compression="zstd")
-        os.replace(temporary, path)
+        with replacing(path) as temporary:  # several jobs may write the plan at a time
+            pq.write_table(table, temporary, compression="zstd")
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise InputError(
             f"{path}: cannot be written ({error.strerror or error}); free space or choose another out="
         ) from error

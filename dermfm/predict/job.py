@@ -21,7 +21,7 @@ from dermfm.predict.answer import Answer, Pictures, answer_batch, read_pixels
 from dermfm.predict.page import render
 from dermfm.progress import Meter
 from dermfm.records.vocabulary import CLASS_CODES, MALIGNANCIES
-from shards.manifest import file_sha256, write_text
+from shards.files import file_sha256, write_text
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 CSV, PAGE, PICTURES, MARK = "predictions.csv", "index.html", "pictures", "predict.json"

@@ -29,6 +29,7 @@ from dermfm.records.atlas_lesion import CLINIC, COLOURS, DERMO, DIAGNOSES, DOMAI
 from dermfm.records.source import AtlasConfig
 from dermfm.records.table import Record
 from dermfm.records.vocabulary import CLASS_CODES, CLASS_OF_SUBCLASS, CLASSES, MALIGNANCY_OF
+from shards.files import replacing
 
 VERSION = 1  # raise it when the drawing changes: older pictures are drawn again
 ASYMMETRIC = 0.13  # shape_asymmetry from which a lesion is called asymmetric
@@ -116,10 +117,10 @@ def _save(view: View, folder: Path, dataset: str, name: str) -> None:
     image, mask = _image_path(folder, dataset, name), folder / "truth" / dataset / f"{name}.png"
     for path in (image, mask):
         path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(view.regions).save(mask.with_suffix(".png.tmp"), "PNG")
-    os.replace(mask.with_suffix(".png.tmp"), mask)
-    image.with_suffix(".jpg.tmp").write_bytes(view.jpeg)
-    os.replace(image.with_suffix(".jpg.tmp"), image)
+    with replacing(mask, flush=False) as temporary:
+        Image.fromarray(view.regions).save(temporary, "PNG")
+    with replacing(image, flush=False) as temporary:
+        temporary.write_bytes(view.jpeg)
 
 
 def _image_path(folder: Path, dataset: str, name: str) -> Path:
@@ -127,9 +128,8 @@ def _image_path(folder: Path, dataset: str, name: str) -> Path:
 
 
 def _write_truth(rows: list[dict[str, Any]], path: Path) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    pq.write_table(pa.Table.from_pylist(rows), temporary, compression="zstd")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        pq.write_table(pa.Table.from_pylist(rows), temporary, compression="zstd")
 
 
 def _truth_row(lesion: Lesion, layers: Layers, view: View, number: int) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from cluster.ray import ray_session
 from dermfm.config import short_hash
 from dermfm.progress import Meter
 from dermfm.records.processes import mapping, one_thread
+from shards.files import replacing
 
 PART = 64  # images: what a killed worker loses at most
 PARTS_A_BLOCK = 4  # parts a Ray task does: its overhead is spread over them
@@ -119,10 +120,9 @@ def do_part(part: Sequence[Task], work: Work, folder: Path, schema: pa.Schema) -
     """Do one part and write its file under a temporary name first; its rows."""
     table = pa.Table.from_pylist(work(part), schema=schema)
     path = folder / f"{short_hash([task.key for task in part])}.parquet"
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     # A part is small and read once, as a whole: dictionaries and statistics would cost more than they save.
-    pq.write_table(table, temporary, use_dictionary=False, write_statistics=False)
-    os.replace(temporary, path)
+    with replacing(path, flush=False) as temporary:
+        pq.write_table(table, temporary, use_dictionary=False, write_statistics=False)
     return table
 
 

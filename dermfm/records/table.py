@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from dermfm.config import InputError, nearest, read_file, short_hash
 from dermfm.records.measure.columns import SCHEMA as MEASURED_SCHEMA
 from dermfm.records.vocabulary import MALIGNANCIES, MODALITIES
+from shards.files import replacing
 
 SPLITS = ["train", "valid", "test"]
 MEASURED = "measured_"
@@ -154,9 +155,8 @@ def write_records(table: pa.Table, path: str | Path) -> None:
     path = Path(path)
     _check_values(table, str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    pq.write_table(table, temporary, compression="zstd")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
 
 
 def _check_values(table: pa.Table, origin: str) -> None:

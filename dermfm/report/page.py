@@ -17,7 +17,7 @@ from dermfm.report.protocol import protocol_lines
 from dermfm.report.run import ATLAS, Run, load_run
 from dermfm.report.study import write_study_page
 from dermfm.report.template import render_template
-from shards.manifest import write_text
+from shards.files import write_text
 
 
 @dataclass(kw_only=True)

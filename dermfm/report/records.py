@@ -29,7 +29,7 @@ from dermfm.records.table import SPLITS
 from dermfm.records.vocabulary import CLASS_CODES, CLASSES
 from dermfm.report import figures
 from dermfm.report.template import render_template
-from shards.manifest import write_text
+from shards.files import write_text
 
 THUMBNAIL, QUALITY = 112, 82
 MAX_PIXELS = 200_000_000

@@ -19,7 +19,7 @@ from dermfm.report import figures, study_tables
 from dermfm.report.run import ATLAS, read_saved
 from dermfm.report.template import render_template
 from dermfm.report.verdicts import AGAINST, CONTROLS, LEVEL, MARGIN, MIN_SEEDS, NAMES, Effect, answers, conclusion
-from shards.manifest import write_text
+from shards.files import write_text
 
 ROWS, EFFECTS, SUMMARY, CONFIG, PAGE = "study.parquet", "effects.parquet", "study.json", "study.yaml", "report.html"
 EFFECTS_JSON = "effects.json"

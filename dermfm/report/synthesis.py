@@ -22,7 +22,7 @@ from dermfm.notes.strategies import Strategy
 from dermfm.report import figures
 from dermfm.report.notes import NoteLine, note_table
 from dermfm.report.template import render_template
-from shards.manifest import write_text
+from shards.files import write_text
 
 Row = dict[str, Any]
 EXAMPLES = 3  # notes shown of each kind of fault

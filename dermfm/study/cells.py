@@ -22,7 +22,7 @@ from dermfm.config import InputError, read_file, short_hash
 from dermfm.evaluate.records import RecordSet
 from dermfm.evaluate.results import ROW_KEYS
 from dermfm.study.config import Cell, defaults, differences
-from shards.manifest import write_text
+from shards.files import write_text
 
 FOLDER, SCORED = "cells", "scored.parquet"
 KEPT_DIGITS = 6

@@ -25,7 +25,7 @@ from dermfm.study.prepare import Shared, prepare, prepare_tokens
 from dermfm.study.score import Scorer, versions
 from dermfm.study.tables import write_tables
 from dermfm.study.tier1 import Data, alone, train_cell
-from shards.manifest import write_text
+from shards.files import write_text
 
 RunJob = Callable[[str, Any, Path], int]
 PROBE = "frozen-probe"

@@ -18,7 +18,7 @@ from dermfm.report.study import study_table, write_study_page
 from dermfm.study import cells as stored
 from dermfm.study.config import REFERENCES, Cell, StudyConfig
 from dermfm.study.effects import EFFECT_SCHEMA, LEVEL, PRIMARY, Truth, effects
-from shards.manifest import write_text
+from shards.files import write_text
 
 STUDY, EFFECTS, SUMMARY, TABLE = "study.parquet", "effects.parquet", "study.json", "table.md"
 VALIDATION = "validation"

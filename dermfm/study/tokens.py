@@ -25,8 +25,9 @@ from dermfm.model.text import TextConfig, TextTower
 from dermfm.progress import Meter
 from dermfm.samples import image_bytes, stack_pixels
 from dermfm.study.config import TokensConfig
+from shards.files import write_text
 from shards.loader import sample_rng
-from shards.manifest import Manifest, write_text
+from shards.manifest import Manifest
 from shards.reader import ShardReader
 
 Key = bytes  # the token ids of a text

@@ -214,6 +214,14 @@ def test_a_required_key_that_is_missing_is_named_with_its_meaning(write):
     assert message.endswith("the key 'run' is required (run directory); give run=<value>")
 
 
+def test_a_file_makes_a_key_required_by_question_marks_and_what_refers_to_it_follows(write):
+    path = write("a.yaml", "run: ${inner.kernel}\nseed: ???\ninner:\n  kernel: ???\n")
+    assert "the key 'inner.kernel' is required (attention kernel)" in refusal(path, ["seed=1"])
+    assert "the key 'seed' is required" in refusal(path, ["inner.kernel=sdpa"])
+    loaded = load(Outer, path, ["inner.kernel=sdpa", "seed=1"])
+    assert (loaded.run, loaded.seed, loaded.inner.kernel) == ("sdpa", 1, "sdpa")
+
+
 def test_a_required_key_inside_a_list_is_named(write):
     message = refusal(write("c.yaml", "run: r\nsources: [{weight: 1}]\n"))
     assert "'sources[0].name' is required" in message

@@ -20,6 +20,7 @@ from dermfm.records.preprocess.decode import ImageError
 from dermfm.records.preprocess.image import VERSION, prepare
 from dermfm.records.source import Losses
 from dermfm.records.table import Record
+from shards.files import replacing
 
 IMAGES, PARTS = "images", "prepared"  # folders below `records/`
 SCHEMA = pa.schema(
@@ -118,22 +119,19 @@ def _task(source: Path, target: Path, settings: list[Any]) -> Task:
 
 
 def _write(data: bytes, target: str) -> None:
-    temporary = f"{target}.{os.getpid()}.tmp"
     # Unbuffered: for a small picture the buffer's own system calls cost more than the write.
-    with open(temporary, "wb", buffering=0) as file:
+    with replacing(target, flush=False) as temporary, open(temporary, "wb", buffering=0) as file:
         rest = memoryview(data)
         while rest:
             rest = rest[file.write(rest) :]
-    os.replace(temporary, target)
 
 
 def _link(source: str, target: str) -> None:
     """The very file under another name: a hard link, or a copy where the file system or the rights do not allow one."""
-    temporary = f"{target}.{os.getpid()}.tmp"
     if os.path.exists(target) and os.path.samefile(source, target):
         return  # renaming a link onto itself would leave the temporary name behind
-    try:
-        os.link(source, temporary)
-    except OSError:
-        shutil.copyfile(source, temporary)
-    os.replace(temporary, target)
+    with replacing(target, flush=False) as temporary:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)

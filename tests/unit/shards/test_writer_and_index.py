@@ -12,8 +12,8 @@ import time
 import pytest
 import webdataset
 
+from shards.files import file_sha256
 from shards.index import ShardError, ShardIndex, index_text, scan_tar, split_name
-from shards.manifest import file_sha256
 from shards.writer import write_shard
 
 
