@@ -27,6 +27,9 @@ PATIENT = {
     "RAY_agent_register_timeout_ms": "300000",
     "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "600",
 }
+# Ray gives its workers a low priority (nice 15) so that they stay out of the way of what else a machine does; beside
+# another busy process they then hardly run. On an own cluster they are the job itself.
+PRIORITY = {"RAY_worker_niceness": "0"}
 STARTS = 3  # of an own cluster, which a busy machine may fail
 
 
@@ -82,7 +85,8 @@ def _knock(address: str) -> None:
 
 def _start_local(num_cpus: int | None) -> str:
     """Start an own cluster; its temporary folder."""
-    wanted = {**{name: os.environ.get(name, value) for name, value in PATIENT.items()}, **LOCAL_ENVIRONMENT}
+    defaults = {**PATIENT, **PRIORITY}
+    wanted = {**{name: os.environ.get(name, value) for name, value in defaults.items()}, **LOCAL_ENVIRONMENT}
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
     try:
