@@ -27,9 +27,6 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Ray lowers the priority of its workers (nice 15): beside any other process they would nearly stand still, the bare
-# loop would not.
-os.environ.setdefault("RAY_worker_niceness", "0")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this script's own folder would shadow `shards`
 
 import cv2
