@@ -106,7 +106,8 @@ class ImageFolder:
     def unnamed(self, named: set[Path], datasets: set[str]) -> list[Path]:
         """Images that no row names: below `<folder>/<dataset>` where such folders exist, else below the folder."""
         own = tuple(f"{self.folder / dataset}{os.sep}" for dataset in datasets if (self.folder / dataset).is_dir())
-        others = (path for paths in self._by_stem.values() for path in paths if path not in named | self.copies)
+        known = named | self.copies
+        others = (path for paths in self._by_stem.values() for path in paths if path not in known)
         return sorted(path for path in others if not own or str(path).startswith(own))
 
 

@@ -135,8 +135,8 @@ def with_images(
     for draft in missing:
         losses.add(MISSING_IMAGE, f"{draft.record.dataset}/{draft.record.source_id}")
     for draft in without:
-        if (files := several.get(id(draft))) is not None:
-            losses.add(SEVERAL_FILES, f"{draft.record.source_id}: {_below(folder, files)}")
+        if id(draft) in several:
+            losses.add(SEVERAL_FILES, f"{draft.record.source_id}: {_below(folder, several[id(draft)])}")
     for line in partial:
         losses.add(PARTIAL_NAME, line)
     for path in sorted(folder.copies):
