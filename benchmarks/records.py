@@ -38,6 +38,7 @@ from cluster.ray import ray_session
 from dermfm.config import to_dict
 from dermfm.records import parts
 from dermfm.records.images import image_facts
+from dermfm.records.keypoints import features_of
 from dermfm.records.measure.attributes import measure
 from dermfm.records.measure.hair import remove_hair
 from dermfm.records.parts import PART, Place, Row, Task, run_parts
@@ -146,6 +147,7 @@ def steps(paths: list[str], folder: str) -> list[tuple[str, float]]:
     return [
         ("decode, square, resize, encode and files", milliseconds(lambda path: bare([path], folder), paths)),
         ("perceptual hash and thumbnail", milliseconds(lambda path: image_facts(Path(path)), paths)),
+        ("features by which copies are confirmed", milliseconds(lambda path: features_of(Path(path)), paths)),
         ("frame and vignette crop", milliseconds(frame_box, pixels)),
         ("hair removal", milliseconds(remove_hair, pixels)),
         ("attributes", milliseconds(measure, pixels)),
