@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -92,26 +91,31 @@ def bare_rate(pool: ProcessPoolExecutor, paths: list[str], folder: str) -> float
 
 
 def prepare_signed(tasks: Sequence[Task], config: dict[str, Any], workers: str) -> list[Row]:
-    """`prepare_part`, and a file named after this process once its first part is done."""
-    rows = prepare_part(tasks, config)
+    """`prepare_part`, and a file named after this process when its second part begins: the first one, with all that is
+    imported for it, is then written."""
     os.makedirs(workers, exist_ok=True)
-    mark = Path(workers, str(os.getpid()))
+    first, second = (Path(workers, f"{os.getpid()}{suffix}") for suffix in (".first", ""))
+    mark = second if first.exists() else first
     if not mark.exists():
         mark.touch()
-    return rows
+    return prepare_part(tasks, config)
 
 
-def our_rate(paths: list[str], folder: Path, on_ray: bool) -> float:
-    """Images per second of our job, in a pool or in a Ray session that is already there, in steady state."""
-    shutil.rmtree(folder, ignore_errors=True)
+def our_rate(paths: list[str], root: str, on_ray: bool) -> float:
+    """Images per second of our job, in a pool or in a Ray session that is already there, in steady state.
+
+    Every round has a new folder below `root`, as the bare loop: removing thousands of files would keep the disk busy.
+    """
+    folder = Path(tempfile.mkdtemp(dir=root))
     every = [*paths[: WARM * CORES * PART], *paths]
     tasks = [Task(str(i), path, str(folder / "images" / f"{i}.jpg")) for i, path in enumerate(every)]
     work = partial(prepare_signed, config=to_dict(SETTINGS), workers=str(folder / "workers"))
     parts.RAY_FROM = 1 if on_ray else 10**9
     rows = run_parts(tasks, work, folder / "parts", SCHEMA, Place(CORES), "preprocessing")
     assert sum(row["error"] is None for row in rows.values()) == len(every)
-    # Steady state: once each process has imported what it needs and done its first part.
-    began = sorted(mark.stat().st_mtime_ns for mark in (folder / "workers").iterdir())[:CORES][-1]
+    # Steady state: once each process has imported what it needs and written its first part.
+    seconds = [mark for mark in (folder / "workers").iterdir() if not mark.suffix]
+    began = sorted(mark.stat().st_mtime_ns for mark in seconds)[:CORES][-1]
     files = [file for file in (folder / "parts").glob("*.parquet") if file.stat().st_mtime_ns > began]
     count = sum(pq.read_metadata(file).num_rows for file in files)
     return count / (max(file.stat().st_mtime_ns for file in files) - began) * 1e9
@@ -124,10 +128,10 @@ def throughput(paths: list[str], rounds: int) -> tuple[float, float, float]:
         bare_rate(pool, paths[: 8 * PART], tempfile.mkdtemp(dir=name))
         for _ in range(rounds):
             other.append(bare_rate(pool, paths, tempfile.mkdtemp(dir=name)))
-            pooled.append(our_rate(paths, Path(name, "ours"), on_ray=False))
+            pooled.append(our_rate(paths, name, on_ray=False))
         with ray_session(None, CORES):
-            our_rate(paths[: 16 * PART], Path(name, "ours"), on_ray=True)
-            on_ray = [our_rate(paths, Path(name, "ours"), on_ray=True) for _ in range(rounds)]
+            our_rate(paths[: 16 * PART], name, on_ray=True)
+            on_ray = [our_rate(paths, name, on_ray=True) for _ in range(rounds)]
     return statistics.median(pooled), statistics.median(on_ray), statistics.median(other)
 
 
