@@ -51,7 +51,7 @@ class NotesConfig:
     )
     threads_per_actor: int = key(1, "CPU threads (and CPUs) of an actor; a replica has one actor a shard")
     gpus_per_actor: float = key(0.0, "GPUs of an actor")
-    lease: int = key(32, "notes that a dead actor costs at most")
+    lease: int = key(128, "notes that a replica gets at once: what a dead one costs, and the most that it can batch")
 
     def __post_init__(self) -> None:
         check_choice("ray", self.ray, RAY)
