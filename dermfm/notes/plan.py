@@ -74,6 +74,8 @@ class NotesConfig:
         if self.engine.kind == "vllm" and self.ray != "never" and self.gpus_per_actor != 1:
             raise ValueError("gpus_per_actor: vllm needs 1 GPU for each shard; set gpus_per_actor=1")
         check_range("gpus_per_actor", self.gpus_per_actor, 0)
+        if self.engine.device == "cuda" and self.ray != "never" and not self.gpus_per_actor:
+            raise ValueError("gpus_per_actor: engine.device=cuda needs a GPU for every actor; set gpus_per_actor=1")
         check_range("max_failed_fraction", self.max_failed_fraction, 0, 1)
 
 

@@ -6,6 +6,7 @@ kept so that an interrupted part is made again with the same notes in the same o
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -77,6 +78,12 @@ def part_ids(path: Path) -> list[str]:
     return _read_part(path, ["note_id"]).column("note_id").to_pylist()
 
 
+def strategies_in(folder: str | Path) -> set[str]:
+    """The strategies that the folder holds notes of."""
+    parts = done_parts(folder).values()
+    return {name for path in parts for name in _read_part(path, ["strategy"]).column("strategy").unique().to_pylist()}
+
+
 def write_part(folder: str | Path, index: int, rows: Sequence[Mapping[str, Any]]) -> Path:
     """Write one part (rows as NOTE_SCHEMA) and rename it into place; InputError where the disk refuses."""
     path = Path(folder) / f"part-{index:05d}.parquet"
@@ -130,7 +137,8 @@ def _write(table: pa.Table, path: Path) -> None:
         pq.write_table(table, temporary, compression="zstd")
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the folder itself may be what is wrong
+            temporary.unlink()
         raise InputError(
             f"{path}: cannot be written ({error.strerror or error}); free space or choose another out="
         ) from error
