@@ -99,7 +99,10 @@ def deepspeed_json(
     if config.precision != "fp32":
         # DeepSpeed casts parameters only: pixels, normalised by float32 buffers, would not fit the weights.
         plain["data_types"] = {"buffer_dtype": config.precision}
-    return merge(plain, config.extra)
+    settings = merge(plain, config.extra)
+    # Divided before they are summed, as the scatter does by itself: the sum of many ranks could be too large for fp16.
+    settings.setdefault("prescale_gradients", not settings["zero_optimization"].get("reduce_scatter", True))
+    return settings
 
 
 def _zero_section(config: ZeroConfig, num_learning: int, num_parameters: int, device: str) -> dict[str, Any]:

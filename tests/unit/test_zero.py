@@ -59,5 +59,7 @@ def test_what_stands_in_extra_overrides_what_is_chosen_here():
     extra = {"zero_optimization": {"reduce_scatter": True}, "optimizer": {"params": {"fused": False}}}
     chosen, wanted = settings_of("cpu", stage=1), settings_of("cpu", stage=1, extra=extra)
     assert not chosen["zero_optimization"]["reduce_scatter"]
+    assert chosen["prescale_gradients"]
     assert wanted["zero_optimization"]["reduce_scatter"]
+    assert not wanted["prescale_gradients"]  # DeepSpeed refuses both together at stage 2
     assert wanted["optimizer"]["params"] == {"torch_adam": True, "fused": False}
