@@ -16,7 +16,7 @@ from dermfm.on_ray import train_on_ray
 from dermfm.plan import TrainConfig, describe
 from dermfm.rank import run_rank
 from dermfm.resume import is_done
-from dermfm.run import check_free
+from dermfm.run import check_free, check_writable
 from dermfm.scale_table import show_run
 
 
@@ -47,6 +47,7 @@ def run(config: TrainConfig, call: object) -> int:
         print(f"{config.run}: done, nothing to train; a larger epochs= continues")
         return 0
     check_free(Path(config.run))
+    check_writable(Path(config.run))
     if config.ray.most:
         return train_on_ray(config)
     return run_ranks([*python_command("launch.cli"), *sys.argv[1:]], world)

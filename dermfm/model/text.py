@@ -192,8 +192,13 @@ class NoteStates:
 
 
 def encoder_folder(name: str) -> str:
-    """The folder (or hub name) that `from_pretrained` takes for a configured encoder name."""
+    """The folder (or hub name) that `from_pretrained` takes for a configured encoder name.
+
+    InputError where a path is no folder, or a package holds no encoder.
+    """
     if not name.startswith(PACKAGE):
+        if name.startswith(("/", "./", "../")) and not Path(name).is_dir():
+            raise InputError(f"text.name: encoder '{name}': no such local folder")
         return name
     folder = package_folder(name.removeprefix(PACKAGE), "text.name")
     found = sorted(p.parent for p in folder.rglob("config.json") if (p.parent / "tokenizer.json").is_file())
