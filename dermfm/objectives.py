@@ -106,6 +106,8 @@ class Pass:
     @cached_property
     def image(self) -> dict[str, Tensor]:
         """Outputs of the phase `image`."""
+        if self.objectives.uses_text:
+            _ = self.text  # first, for its backward pass to come last: the images' activations are gone by then
         return self.engine("image", pixels=self.batch.pixels)
 
     @cached_property
