@@ -32,7 +32,7 @@ def show(config: ScaleConfig) -> None:
 def show_run(config: TrainConfig, world: int) -> None:
     """Print for `train --dry-run` what a run on `world` ranks is made of: its model, and all of the plan but a verdict.
 
-    InputError where the note encoder is neither on this machine nor one whose shape is known.
+    InputError for what no model can be built of, or a note encoder that is neither on this machine nor of known shape.
     """
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(TrainConfig)}
     planned = ScaleConfig(**values, nodes=world, gpus=1, reserve_gb=0.0)

@@ -13,7 +13,7 @@ from pathlib import Path
 from cluster.local import run_ranks
 from cluster.process import default_ranks, from_environment, is_launched, python_command
 from dermfm.on_ray import train_on_ray
-from dermfm.plan import TrainConfig, describe
+from dermfm.plan import TrainConfig, check_here, describe
 from dermfm.rank import run_rank
 from dermfm.resume import is_done
 from dermfm.run import check_free, check_writable
@@ -37,12 +37,15 @@ def run(config: TrainConfig, call: object) -> int:
     alone = config.ray.most or default_ranks(config.ranks, config.device)
     world = from_environment(config.device).world if launched else alone
     if getattr(call, "dry_run", False):
-        print(describe(config, world))
+        told = describe(config, world)
+        check_here(config)
+        print(told)
         show_run(config, world)
         return 0
     if launched:
         return run_rank(config, from_environment(config.device))
     check(config, world)  # all that needs no process group, once, before any rank starts
+    check_here(config)
     if is_done(config, world):
         print(f"{config.run}: done, nothing to train; a larger epochs= continues")
         return 0

@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from dermfm.config import InputError, check_choice, check_range, key
 from dermfm.model.attention import KERNELS, Packing, attention, attention_packed, is_fake, pack, unpack
+from dermfm.model.lean import use_lean_blocks
 from dermfm.model.pooling import AttentionPool
 from dermfm.model.weights import PACKAGE, SHARDING, package_folder
 
@@ -72,6 +73,7 @@ class TextTower(nn.Module):
         self.width: int = self.body.config.hidden_size
         if getattr(self.body, "pooler", None) is not None:
             self.body.pooler = None  # unused: its parameters would never get a gradient
+        use_lean_blocks(self.body)
         self.first_position = _make_packable(self.body) if config.packed else None
         self._freeze(config.train_blocks)
         self.attention_pool = AttentionPool(self.width, config.kernel) if config.pool == "attention" else None
