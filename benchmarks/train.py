@@ -58,6 +58,7 @@ MODEL: dict[str, Any] = {
     "embed_dim": 128,
 }
 OBJECTIVES = {"matching": 0.0, "classify_text": 0.0, "classify_fused": 0.0}
+Step = Callable[[Batch], Tensor]
 RANKS = "import sys; from cluster.local import run_ranks; sys.exit(run_ranks(sys.argv[2:], int(sys.argv[1])))"
 
 
@@ -84,9 +85,10 @@ def make_shards(folder: Path) -> None:
 
 
 def pin() -> None:
-    """One thread on one core of its own, as far as the machine has them."""
+    """One thread on one core of its own, as far as the machine has them: by rank, from FIRST_CORE on."""
     cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {cores[int(os.environ.get("RANK", 0)) % len(cores)]})
+    own = int(os.environ.get("RANK", 0)) + int(os.environ.get("FIRST_CORE", 0))
+    os.sched_setaffinity(0, {cores[own % len(cores)]})
     torch.set_num_threads(1)
 
 
@@ -115,9 +117,14 @@ class Loss(nn.Module):
 
 
 def new_model() -> DermFM:
-    """The benchmark's model; the parts that no objective reads are frozen, since DDP waits for all that learns."""
+    """The benchmark's model."""
     torch.manual_seed(0)
-    model = DermFM(from_dict(ModelConfig, MODEL, "benchmark")).train()
+    return only_read(from_dict(ModelConfig, MODEL, "benchmark")).train()
+
+
+def only_read(config: ModelConfig) -> DermFM:
+    """A model whose parts that no objective reads are frozen, on both sides: DDP waits for all that learns."""
+    model = DermFM(config)
     for part in (model.fusion, model.match_head, model.text_head, model.fused_head):
         part.requires_grad_(False)
     return model
@@ -133,12 +140,11 @@ def waiting_batch(tokenizer: Any) -> Batch:
     return batch
 
 
-def ddp_step(model: DermFM, fused: bool) -> Callable[[Batch], Tensor]:
-    """One step of torch's DDP with AdamW and clipping."""
-    module = Loss(model)
+def ddp_step(module: Any, fused: bool) -> Step:
+    """One step of torch's DDP with AdamW and clipping; `module` is a loss with its `model`."""
     learning = [p for p in module.parameters() if p.requires_grad]
     config = OptimizerConfig()
-    groups = parameter_groups(model, config)
+    groups = parameter_groups(module.model, config)
     optimizer = torch.optim.AdamW(groups, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=fused)
     ddp = nn.parallel.DistributedDataParallel(module)
 
@@ -153,9 +159,9 @@ def ddp_step(model: DermFM, fused: bool) -> Callable[[Batch], Tensor]:
     return step
 
 
-def deepspeed_step(model: DermFM, world: int) -> Callable[[Batch], Tensor]:
+def deepspeed_step(model: DermFM) -> Step:
     """One step of DeepSpeed's engine with the job's settings, stage 1."""
-    config = OptimizerConfig()
+    config, world = OptimizerConfig(), dist.get_world_size()
     settings = zero.deepspeed_json(
         zero.ZeroConfig(), micro_batch=OWN, num_micro=1, world=world, device="cpu",
         optimizer={"lr": config.lr, "betas": list(config.betas), "eps": config.eps},
@@ -173,26 +179,30 @@ def deepspeed_step(model: DermFM, world: int) -> Callable[[Batch], Tensor]:
     return step
 
 
+BARE: dict[str, Callable[[], Step]] = {
+    "ddp": lambda: ddp_step(Loss(new_model()), fused=False),
+    "ddp fused": lambda: ddp_step(Loss(new_model()), fused=True),
+    "deepspeed": lambda: deepspeed_step(new_model()),
+}
+
+
 class InTurn:
     """Batches for `dermfm train` that run a step of each bare loop between its own: what disturbs one disturbs all.
 
     A step of the job is all that it does between two batches, its agreement, guards and logging included.
     """
 
-    def __init__(self, names: list[str], out: str) -> None:
-        self._names, self._out = names, Path(out)
-        self.times: dict[str, list[float]] = {name: [] for name in ("ours", *names)}
-        self.losses: dict[str, float] = {}  # of the last step
+    def __init__(self, loops: dict[str, Callable[[], Step]], batch: Callable[[Any], Batch], out: str) -> None:
+        self._loops, self._batch, self._out = loops, batch, Path(out)
+        self.times: dict[str, list[float]] = {name: [] for name in ("ours", *loops)}
+        self.losses: dict[str, list[float]] = {name: [] for name in loops}
+        self._samples = 0
 
     def batches(self, config: Any, model: DermFM, *rest: Any) -> Iterator[Batch]:
         """Stands where the job's reading, decoding and augmenting do."""
-        batch, world = waiting_batch(model.tokenizer), dist.get_world_size()
-        made: dict[str, Callable[[], Callable[[Batch], Tensor]]] = {
-            "ddp": lambda: ddp_step(new_model(), False),
-            "ddp fused": lambda: ddp_step(new_model(), True),
-            "deepspeed": lambda: deepspeed_step(new_model(), world),
-        }
-        steps = {name: made[name]() for name in self._names}
+        batch = self._batch(model.tokenizer)
+        self._samples = len(batch) * dist.get_world_size()
+        steps = {name: made() for name, made in self._loops.items()}
         while True:
             for name, step in steps.items():
                 self._timed(name, lambda step=step: step(batch))
@@ -206,33 +216,43 @@ class InTurn:
         began = time.perf_counter()
         loss = step()
         self.times[name].append(time.perf_counter() - began)
-        self.losses[name] = loss.item()
+        self.losses[name].append(loss.item())
 
-    def write(self, world: int) -> None:
-        """samples/s of all ranks by side: medians over steps but the first two, which warm up.
+    def write(self) -> None:
+        """samples/s of all ranks by side: medians over steps but the first two, which warm up; each loop's first loss.
 
         SystemExit where the bare loops have come to other losses: then they were not the same work.
         """
-        if any(abs(loss / self.losses["ddp"] - 1) > 1e-3 for loss in self.losses.values()):
-            raise SystemExit(f"the loops do not compute the same: losses {self.losses}")
-        rates = {name: OWN * world / statistics.median(own[2:]) for name, own in self.times.items() if own[2:]}
-        self._out.write_text(json.dumps(rates))
+        last = {name: losses[-1] for name, losses in self.losses.items()}
+        if any(abs(loss / last["ddp"] - 1) > 1e-3 for loss in last.values()):
+            raise SystemExit(f"the loops do not compute the same: losses {last}")
+        told = {name: self._samples / statistics.median(own[2:]) for name, own in self.times.items() if own[2:]}
+        told |= {f"{name}: first loss": losses[0] for name, losses in self.losses.items()}
+        self._out.write_text(json.dumps(told))
 
 
 def train_rank(bare: str, out: str, arguments: list[str]) -> int:
     """A rank of `dermfm train`, pinned. `bare`: names of the bare loops in turn with it, or `reading`: none, and the
     job reads its own batches."""
-    import dermfm.train
+    import dermfm.train as job
     from launch.cli import main as dermfm_main
 
     pin()
+    setattr(job, "DermFM", only_read)  # noqa: B010
     if bare == "reading":
         return dermfm_main(["train", *arguments])
-    sides = InTurn([name for name in bare.split(",") if name], out)
-    dermfm.train._batches = sides.batches
+    return in_turn_with(InTurn({name: BARE[name] for name in bare.split(",") if name}, waiting_batch, out), arguments)
+
+
+def in_turn_with(sides: InTurn, arguments: list[str]) -> int:
+    """`dermfm train` over the batches of `sides`; the first rank writes what they have measured."""
+    import dermfm.train as job
+    from launch.cli import main as dermfm_main
+
+    setattr(job, "_batches", sides.batches)  # noqa: B010, its signature is wider
     code = dermfm_main(["train", *arguments])
     if os.environ["RANK"] == "0":
-        sides.write(int(os.environ["WORLD_SIZE"]))
+        sides.write()
     return code
 
 
@@ -241,19 +261,20 @@ def bare_rank(num_steps: int, out: str) -> None:
     pin()
     process = from_environment("cpu")
     start_group(process)
-    sides = InTurn(["ddp", "ddp fused", "deepspeed"], out)
+    sides = InTurn(BARE, waiting_batch, out)
     batches = sides.batches(None, new_model())
     for _ in range(num_steps):
         next(batches)
     if process.is_first:
-        sides.write(process.world)
+        sides.write()
     close_group()
 
 
-def run(world: int, *arguments: str) -> None:
-    """This script as `world` ranks."""
+def run(world: int, *arguments: str, script: str = __file__, first_core: int = 0) -> None:
+    """A script, this one unless named, as `world` ranks."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", RANKS, str(world), sys.executable, __file__, *arguments]
+    environment["FIRST_CORE"] = str(first_core)
+    command = [sys.executable, "-c", RANKS, str(world), sys.executable, script, *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{arguments[0]} failed:\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}")

@@ -1,4 +1,4 @@
-"""Memory of batches that is used again as soon as no tensor lies in it any more.
+"""Memory that is used again as soon as no tensor lies in it any more: that of batches, and what a step frees.
 
 A batch is megabytes, which the C library asks of the operating system anew each time; page by page, that costs more
 than copying into it does (and far more in a virtual machine).
@@ -6,6 +6,8 @@ than copying into it does (and far more in a virtual machine).
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import math
 import weakref
 from collections import defaultdict, deque
@@ -15,6 +17,8 @@ import numpy as np
 import torch
 
 KEPT = 3  # pieces of one size that wait for their next use: what a loader has in hand; more go back to the system
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+LARGEST = 32 << 20  # bytes that glibc takes from its own heap at most
 _waiting: defaultdict[int, deque[np.ndarray]] = defaultdict(partial(deque, maxlen=KEPT))
 
 
@@ -28,3 +32,14 @@ def take(*shape: int) -> torch.Tensor:
     lent = piece[:]  # an object of its own, held by the tensor's storage and by nothing else: it ends with all views
     weakref.finalize(lent, waiting.append, piece).atexit = False
     return torch.from_numpy(lent).view(shape)
+
+
+def keep_freed() -> None:
+    """Let this process keep what it frees, in pieces of up to 32 MB, for what it asks for next. glibc only.
+
+    Gradients, buckets and activations of a step on a CPU are freed and asked for again in the next one.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        library = ctypes.CDLL(None)
+        library.mallopt(M_MMAP_THRESHOLD, LARGEST)
+        library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

@@ -37,6 +37,10 @@ class ObjectiveConfig:
     align_cosine: float = key(0.0, "1 - cosine of an image and its note")
     align_l1: float = key(0.0, "mean absolute difference of the embeddings of an image and its note")
     matching: float = key(0.5, "does this note belong to this image: own note against a hard negative")
+    hard_negatives: float = key(
+        1.0,
+        "share of matching's negatives that are mined; the rest is drawn evenly: a new fusion learns from it sooner",
+    )
     caption: float = key(0.0, "writing the note from the image, token by token; needs model.decoder")
     classify_image: float = key(1.0, "class from the image")
     classify_text: float = key(0.2, "class from the note")
@@ -59,6 +63,7 @@ class ObjectiveConfig:
             check_range(f"objectives.fixed_temperature.{form}", temperature, 0.01, 100)
         for group in self.concept_groups:
             check_choice("objectives.concept_groups", group, CONCEPT_GROUPS)
+        check_range("objectives.hard_negatives", self.hard_negatives, 0, 1)
         check_range("objectives.label_smoothing", self.label_smoothing, 0, 0.9)
         if not self.active:
             raise ValueError("objectives: all weights are 0; give at least one of them a positive weight")
@@ -106,6 +111,8 @@ class Pass:
     @cached_property
     def image(self) -> dict[str, Tensor]:
         """Outputs of the phase `image`."""
+        if self.objectives.uses_text:
+            _ = self.text  # first, for its backward pass to come last: the images' activations are gone by then
         return self.engine("image", pixels=self.batch.pixels)
 
     @cached_property

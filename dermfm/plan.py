@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dermfm import initial
 from dermfm.compute import check_parts
 from dermfm.config import REQUIRED, InputError, check_choice, check_range, key
 from dermfm.images import AugmentConfig
+from dermfm.model.attention import choose_kernel
+from dermfm.model.bodies import check_name, check_weights
 from dermfm.model.dermfm import ModelConfig
-from dermfm.model.image import check_name
 from dermfm.model.text import encoder_folder
 from dermfm.model.weights import weights_file
 from dermfm.objectives import ObjectiveConfig, check_objectives
@@ -20,7 +23,7 @@ from dermfm.optimizer import OptimizerConfig
 from dermfm.samples import check_strategies
 from dermfm.storage import CacheConfig, remote
 from dermfm.validation import ValidationConfig
-from dermfm.zero import ZeroConfig
+from dermfm.zero import DTYPES, ZeroConfig
 from shards.manifest import Manifest
 
 
@@ -202,6 +205,31 @@ def check_notes(config: TrainConfig, manifest: Manifest) -> None:
     """InputError where the shards lack a note strategy that the run draws."""
     if config.objectives.uses_text:
         check_strategies(config.strategies, manifest.about.get("strategies", {}))
+
+
+def check_here(config: TrainConfig) -> None:
+    """InputError where the image weights do not fit their tower, or this machine cannot run a kernel that is asked for.
+
+    What `train` would find out when its ranks build the model, and at their first step. On Ray ranks are elsewhere.
+    """
+    image = config.model.image
+    check_weights(image.name, image.size, image.weights)
+    if config.ray.most:
+        return
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = config.model
+    for part, kernel in (
+        ("image", model.image.kernel),
+        ("text", model.text.kernel),
+        ("fusion", model.fusion.kernel),
+        ("decoder", model.decoder.kernel),
+    ):
+        try:
+            choose_kernel(kernel, device, DTYPES[config.zero.precision])
+        except InputError as error:
+            raise InputError(f"model.{part}.{error}") from error
 
 
 def check_sources(config: ModelConfig) -> None:

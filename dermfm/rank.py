@@ -11,10 +11,11 @@ from pathlib import Path
 from cluster.preemption import StopFlag
 from cluster.process import BAD_INPUT, FAILED, RESUMABLE, Process, close_group, default_threads, meet, start_group
 from cluster.watchdog import Watch
+from dermfm.batch_memory import keep_freed
 from dermfm.border import RunError, agree, is_bad_input
 from dermfm.plan import TrainConfig
 from dermfm.resume import resume_source
-from dermfm.run import take_lock
+from dermfm.run import check_writable, take_lock
 from dermfm.speed import Laps
 
 _log = logging.getLogger(__name__)
@@ -33,6 +34,8 @@ def run_rank(
     signals set. `verdict(code)` hears of an end that no new start would change: bad input, or agreed by all ranks.
     """
     laps = Laps()
+    for package in ("dermfm", "cluster"):  # what comes before `write_logs` is told by the one line of `_fail`
+        logging.getLogger(package).addHandler(logging.NullHandler())
     stop = StopFlag.of_process() if stop is None else stop
     watch = Watch(process, meet(process, "watch"), log_of(config, process), config.stall_s, config.stall_end_s)
     try:
@@ -55,7 +58,10 @@ def _train(config: TrainConfig, process: Process, stop: StopFlag, watch: Watch, 
 
     zero.ready(process.device)  # its import takes seconds that are no work of the run's
     laps.lap("imports")
+    if process.device == "cpu":
+        keep_freed()
     torch.set_num_threads(default_threads(config.threads, process.local_world))
+    check_writable(Path(config.run))
     with take_lock(Path(config.run)) if process.is_first else contextlib.nullcontext():
         write_logs(log_of(config, process), process)
         source = resume_source(config, process, watch)

@@ -82,7 +82,7 @@ def resume_source(config: TrainConfig, process: Process, watch: Unwatched) -> So
 
 
 def _decide(config: TrainConfig, process: Process) -> dict[str, Any] | None:
-    prepare(config)
+    prepare(config, process.world)
     try:
         source = _source(config, process)
     except InputError:
@@ -154,31 +154,31 @@ def _origin(found: Path) -> str | None:
 
 
 def is_done(config: TrainConfig, world: int) -> bool:
-    """Whether the run's newest checkpoint is its last one. InputError where it is of another model or data set."""
+    """Whether the run's newest checkpoint is its last one. InputError where it is of another model or data set.
+
+    So that this is told before any rank starts, also of a run that goes on.
+    """
     folder = Path(config.run) / "ckpt"
     steps = checkpoint.complete_steps(folder)
-    if not steps or steps[-1] < plan(config, Manifest.load(config.shards, remote(config.cache)), world).total_steps:
+    if not steps:
         return False
     newest = folder / checkpoint.step_name(steps[-1])
-    if config.resume and _origin(newest) != origin_of(config):
-        return False
+    origin = _origin(newest)
+    if origin is None or (config.resume and origin != origin_of(config)):
+        return False  # damaged, or not what this start goes on from: the ranks find out what is
     check_same_run(config, newest)
-    return checkpoint.damage(newest) is None
+    total = plan(config, Manifest.load(config.shards, remote(config.cache)), world).total_steps
+    return steps[-1] >= total and checkpoint.damage(newest) is None
 
 
-def prepare(config: TrainConfig) -> None:
+def prepare(config: TrainConfig, world: int) -> None:
     """Check inputs, the run directory and its disk. InputError names what cannot be used."""
     manifest = Manifest.load(config.shards, remote(config.cache))
+    plan(config, manifest, world)
     check_notes(config, manifest)
     manifest.check_indexes(config.split)
     folder = Path(config.run)
-    probe = folder / ".writable"
-    try:
-        (folder / "ckpt").mkdir(parents=True, exist_ok=True)
-        probe.write_text("")  # what permissions say is not all: quotas, read-only mounts
-        probe.unlink()
-    except OSError as error:
-        raise InputError(f"run: {folder} cannot be written ({error.strerror}); give another run=") from error
+    run.check_writable(folder / "ckpt")
     free = shutil.disk_usage(folder).free
     if free < LEAST_FREE:
         raise InputError(f"run: {folder} has {free / 1e9:.1f} GB free; a run needs at least {LEAST_FREE / 1e9:.0f}")

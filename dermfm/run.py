@@ -8,6 +8,7 @@ import os
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,6 +80,16 @@ def _held(path: Path, folder: Path) -> IO[str]:
         file.close()
         time.sleep(LOCK_PAUSE_S)
     raise refused
+
+
+def check_writable(folder: Path) -> None:
+    """Make a run directory where there is none; InputError where nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass  # what permissions say is not all: quotas, read-only mounts
+    except OSError as error:
+        raise InputError(f"run: {folder} cannot be written ({error.strerror}); give another run=") from error
 
 
 def check_free(folder: Path) -> None:

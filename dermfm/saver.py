@@ -37,7 +37,7 @@ class Saver:
     """
 
     def __init__(self, engine: Any, folder: Path, keeping: Keeping, in_background: bool, watch: Unwatched) -> None:
-        self._engine, self._folder, self._keeping, self._watch = engine, folder, keeping, watch
+        self._engine, self.folder, self._keeping, self._watch = engine, folder, keeping, watch
         self._in_background = in_background
         self._pending: tuple[Path, State] | None = None
         self.seconds, self._since = 0.0, time.monotonic()
@@ -51,8 +51,8 @@ class Saver:
         """Set aside what lies after `state`; InputError on every rank where the disk cannot hold one checkpoint."""
         error = None
         if dist.get_rank() == 0:
-            checkpoint.set_aside(self._folder, state.step)
-            checkpoint.point_best(self._folder, state.best_step)
+            checkpoint.set_aside(self.folder, state.step)
+            checkpoint.point_best(self.folder, state.best_step)
             error = self._lack_of_room()
         told = [error]
         dist.broadcast_object_list(told, src=0)
@@ -82,7 +82,7 @@ class Saver:
             state.meter["seconds"] = state.meter.get("seconds", 0.0) + now - self._since
             self._since = now
             frozen = copy.deepcopy(state)
-            self._pending = checkpoint.begin(self._engine, self._folder, frozen), frozen
+            self._pending = checkpoint.begin(self._engine, self.folder, frozen), frozen
             if last or not self._in_background:
                 self._commit(last)
         self.seconds += time.monotonic() - began
@@ -101,7 +101,7 @@ class Saver:
         except OSError as error:
             self._without(str(error), last)
         if dist.get_rank() == 0:
-            checkpoint.prune(self._folder, self._keeping.last, self._keeping.every)
+            checkpoint.prune(self.folder, self._keeping.last, self._keeping.every)
         dist.barrier()
 
     def _has_room(self, last: bool) -> bool:
@@ -113,7 +113,7 @@ class Saver:
         return told[0] is None
 
     def _without(self, why: str, last: bool) -> None:
-        kept = checkpoint.complete_steps(self._folder)
+        kept = checkpoint.complete_steps(self.folder)
         good = f"the last good one is {checkpoint.step_name(kept[-1])}" if kept else "there is none yet"
         if last:
             raise RunError(f"{why}; {good}; make room, and the same command goes on from there")
@@ -122,15 +122,15 @@ class Saver:
 
     def _lack_of_room(self) -> str | None:
         need = self.expected_bytes() * SPARE
-        free = shutil.disk_usage(self._folder).free
+        free = shutil.disk_usage(self.folder).free
         return (
-            f"{self._folder} has {free / 1e9:.2f} GB free, a checkpoint needs {need / 1e9:.2f}" if free < need else None
+            f"{self.folder} has {free / 1e9:.2f} GB free, a checkpoint needs {need / 1e9:.2f}" if free < need else None
         )
 
     def expected_bytes(self) -> float:
         """Size of a checkpoint: the last one's; else every parameter as it is trained, and 12 bytes if it learns."""
-        if steps := checkpoint.complete_steps(self._folder):
-            return checkpoint.num_bytes(self._folder / checkpoint.step_name(steps[-1]))
+        if steps := checkpoint.complete_steps(self.folder):
+            return checkpoint.num_bytes(self.folder / checkpoint.step_name(steps[-1]))
         total = 0.0
         for parameter in self._engine.module.parameters():
             count = getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3's parameters look empty

@@ -8,7 +8,6 @@ from rich.console import Console
 from rich.table import Table
 
 from dermfm import memory
-from dermfm.config import InputError
 from dermfm.model.summary import print_summary
 from dermfm.plan import Plan, TrainConfig
 from dermfm.scale import GB, Need, ScaleConfig, Sizes, measure, need, parts_of, remedies, sent_bytes, sharding, steps_of
@@ -33,17 +32,13 @@ def show(config: ScaleConfig) -> None:
 def show_run(config: TrainConfig, world: int) -> None:
     """Print for `train --dry-run` what a run on `world` ranks is made of: its model, and all of the plan but a verdict.
 
-    Where the note encoder is not on this machine, a line says so instead.
+    InputError for what no model can be built of, or a note encoder that is neither on this machine nor of known shape.
     """
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(TrainConfig)}
     planned = ScaleConfig(**values, nodes=world, gpus=1, reserve_gb=0.0)
-    try:
-        p = steps_of(planned)
-        print_summary(parts_of(config))
-        sizes = measure(planned, world, p)
-    except InputError as error:
-        print(f"memory per GPU: not known ({error})")
-        return
+    p = steps_of(planned)
+    print_summary(parts_of(config))
+    sizes = measure(planned, world, p)
     found = need(planned, sizes, sharding(planned, world), p, reserve=0.0)
     console = Console(width=120)
     console.print(_memory(planned, sizes, found, "and the CUDA context; "))

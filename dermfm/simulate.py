@@ -256,13 +256,20 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> None:
 
 @contextlib.contextmanager
 def shape_only(config: ModelConfig) -> Iterator[ModelConfig]:
-    """The same architecture without weights; a hub's encoder that is not here is stood in for where it is known."""
-    image = dataclasses.replace(config.image, weights=None)
-    text = dataclasses.replace(config.text, pretrained=False, cache_mb=0)
+    """The same architecture without weights, with kernels that need no device; a hub's encoder that is not here is
+    stood in for where it is known."""
+    image = dataclasses.replace(config.image, weights=None, kernel=_anywhere(config.image.kernel))
+    text = dataclasses.replace(config.text, pretrained=False, cache_mb=0, kernel=_anywhere(config.text.kernel))
+    fusion = dataclasses.replace(config.fusion, kernel=_anywhere(config.fusion.kernel))
+    decoder = dataclasses.replace(config.decoder, kernel=_anywhere(config.decoder.kernel))
     with tempfile.TemporaryDirectory() as folder:
         if not Path(encoder_folder(config.text.name)).is_dir() and not _is_cached(config.text.name):
             text = dataclasses.replace(text, name=_stand_in(config.text.name, Path(folder)))
-        yield dataclasses.replace(config, image=image, text=text)
+        yield dataclasses.replace(config, image=image, text=text, fusion=fusion, decoder=decoder)
+
+
+def _anywhere(kernel: str) -> str:
+    return "auto" if kernel == "flash" else kernel
 
 
 def _is_cached(name: str) -> bool:

@@ -142,7 +142,7 @@ def _mine(features: dict[str, Tensor], everyone: Everyone, objectives: Objective
     own = slice(everyone.start, everyone.start + size)
     chosen, cached.found = losses.mine_negatives(
         image, losses.gather(text), features["logit_scale"], everyone.pairs(0, size), everyone.indices[own],
-        everyone.indices,
+        everyone.indices, objectives.hard_negatives,
     )  # fmt: skip
     cached.tokens, cached.lengths = everyone.tokens[chosen], everyone.lengths[chosen]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ from cluster.preemption import StopFlag
 from cluster.process import DONE, RESUMABLE, Process
 from cluster.watchdog import Unwatched
 from dermfm import checkpoint, compute, flops, initial, metrics, zero
-from dermfm.border import Feed, agree
+from dermfm.border import Agreed, Feed, agree
 from dermfm.config import fingerprint, to_dict
-from dermfm.gradients import Gradients, part_of
+from dermfm.gradients import Gradients, Update, part_of
 from dermfm.guard import Guard, Spikes
 from dermfm.model.dermfm import DermFM
 from dermfm.optimizer import OptimizerConfig, parameter_groups, rate_factor
@@ -50,6 +51,53 @@ def train(
 ) -> int:
     """Run until done (0) or stopped by `stop` with a checkpoint (75), from `source` if given. Called by every rank."""
     laps = laps or Laps()
+    job = _begin(config, process, source, watch, laps)
+    try:
+        for step in job.steps:
+            told = _learn(job, step)
+            job.feed.fetch()
+            agreed = agree(bool(stop), job.saver.is_writing, job.feed.error)
+            watch.border(step)
+            if step == job.steps.done + 1:
+                laps.lap("first step")
+                _say(process, str(laps))
+            _keep_and_tell(job, step, told, agreed)
+            if agreed.stop and step != job.steps.last:
+                name = stop.signal_name or "a peer"
+                return _say(process, f"stopped by {name} at step {step}; the same command continues", RESUMABLE)
+        state, where = job.state, job.saver.folder / checkpoint.step_name(job.state.step)
+        return _say(process, f"done: {state.step} steps, {state.samples_seen} samples; checkpoint {where}", DONE)
+    finally:
+        job.tracer.close()
+        job.log.close()
+
+
+@dataclass(kw_only=True)
+class Job:
+    """What a run is made of, in the hands of one rank."""
+
+    config: TrainConfig
+    process: Process
+    watch: Unwatched
+    arithmetic: Plan
+    engine: Any
+    state: checkpoint.State  # of the last step; what a checkpoint holds
+    steps: Steps
+    feed: Feed
+    guard: Guard
+    spikes: Spikes
+    validation: NoValidation
+    saver: Saver
+    speed: Speed
+    tracer: Tracer
+    log: metrics.MetricsLog
+    pictures: Pictures
+
+
+def _begin(
+    config: TrainConfig, process: Process, source: checkpoint.Source | None, watch: Unwatched, laps: Laps
+) -> Job:
+    """Everything up to the first batch, which waits in the feed. Collective."""
     folder, manifest = Path(config.run), Manifest.load(config.shards, remote(config.cache))
     arithmetic = plan(config, manifest, process.world)
     order, reader = open_data(config, manifest)
@@ -63,55 +111,82 @@ def train(
     steps = Steps(state.step, arithmetic.total_steps, state.samples_seen, config.contrastive_batch, config.skip_samples)
     feed = Feed(_batches(config, engine.module, reader, order, steps, process), process.device, watch)
     alone, text = config.zero.precision == "fp16", config.objectives.uses_text
-    guard = Guard(Gradients(engine), config.on_nonfinite, config.max_skips, alone, state.meter, text)
-    spikes = Spikes(folder / "ckpt", config.spike_factor, config.contrastive_batch, state.meter)
-    validation = _validation(config, manifest, engine.module, arithmetic, process)
-    tracer = Tracer(folder, config.profile, process.is_first)
     log = metrics.MetricsLog(folder, state.step, process.is_first)
-    pictures = Pictures(log, config.images_every, _has_maps(config))
+    job = Job(
+        config=config,
+        process=process,
+        watch=watch,
+        arithmetic=arithmetic,
+        engine=engine,
+        state=state,
+        steps=steps,
+        feed=feed,
+        guard=Guard(Gradients(engine), config.on_nonfinite, config.max_skips, alone, state.meter, text),
+        spikes=Spikes(folder / "ckpt", config.spike_factor, config.contrastive_batch, state.meter),
+        validation=_validation(config, manifest, engine.module, arithmetic, process),
+        saver=saver,
+        speed=speed,
+        tracer=Tracer(folder, config.profile, process.is_first),
+        log=log,
+        pictures=Pictures(log, config.images_every, _has_maps(config)),
+    )
+    speed.next_is_logged(True)
     feed.fetch()
     agree(False, False, feed.error)
     laps.lap("first batch")
-    try:
-        for step in steps:
-            tracer.before(step)
-            batch = feed.take()
-            watch.phase("forward and backward")
-            rates = _set_rates(engine, config.optimizer, steps.start(step), _total_samples(config, arithmetic))
-            values = optimizer_step(engine, batch, arithmetic.micro_batch, config.objectives)
-            watch.phase("optimizer step")
-            update = guard.update(engine, step, values, batch, arithmetic.micro_batch)
-            state.step, state.samples_seen = step, steps.end(step)
-            spikes.look(step, state.samples_seen, values["loss"])
-            speed.add(config.contrastive_batch, feed.waited_s)
-            feed.fetch()
-            agreed, last = agree(bool(stop), saver.is_writing, feed.error), step == steps.last
-            watch.border(step)
-            if step == steps.done + 1:
-                laps.lap("first step")
-                _say(process, str(laps))
-            watch.phase("validation")
-            scores = validation.run(engine, step, last=last, stopping=agreed.stop)
-            save = agreed.stop or last or step % arithmetic.checkpoint_steps == 0
-            save |= saver.is_best(state, scores.get(validation.metric))
-            saver.border(state, writing=agreed.writing, save=save, last=agreed.stop or last)
-            watch.phase("log")
-            pictures.show(step, engine.module, batch)
-            if step % config.log_every == 0 or save or scores or step == steps.done + 1:
-                values |= rates | speed.values() | update.named() | _progress(engine, state, arithmetic)
-                _report(log, step, arithmetic, values | saver.cost() | scores, process)
-                speed.reset()
-            speed.next_is_logged((step + 1) % config.log_every == 0)
-            if agreed.stop and not last:
-                name = stop.signal_name or "a peer"
-                return _say(process, f"stopped by {name} at step {step}; the same command continues", RESUMABLE)
-            if last:
-                log.summary(to_dict(config), values | scores)
-        where = folder / "ckpt" / checkpoint.step_name(state.step)
-        return _say(process, f"done: {state.step} steps, {state.samples_seen} samples; checkpoint {where}", DONE)
-    finally:
-        tracer.close()
-        log.close()
+    return job
+
+
+@dataclass(kw_only=True)
+class Told:
+    """What one step has told so far: losses, rates, the update, and the batch itself."""
+
+    batch: Batch
+    losses: dict[str, float]
+    rates: dict[str, float]
+    update: Update
+
+
+def _learn(job: Job, step: int) -> Told:
+    """Gradients of one contrastive batch and the update by them. Collective."""
+    config = job.config
+    job.tracer.before(step)
+    batch = job.feed.take()
+    job.watch.phase("forward and backward")
+    rates = _set_rates(job.engine, config.optimizer, job.steps.start(step), _total_samples(config, job.arithmetic))
+    losses = optimizer_step(job.engine, batch, job.arithmetic.micro_batch, config.objectives)
+    job.watch.phase("optimizer step")
+    update = job.guard.update(job.engine, step, losses, batch, job.arithmetic.micro_batch)
+    job.state.step, job.state.samples_seen = step, job.steps.end(step)
+    job.spikes.look(step, job.state.samples_seen, losses["loss"])
+    job.speed.add(config.contrastive_batch, job.feed.waited_s)
+    return Told(batch=batch, losses=losses, rates=rates, update=update)
+
+
+def _keep_and_tell(job: Job, step: int, told: Told, agreed: Agreed) -> None:
+    """What follows a step, where it is due: validation, checkpoint, pictures, log. Collective."""
+    state, last = job.state, step == job.steps.last
+    job.watch.phase("validation")
+    scores = job.validation.run(job.engine, step, last=last, stopping=agreed.stop)
+    save = agreed.stop or last or step % job.arithmetic.checkpoint_steps == 0
+    save |= job.saver.is_best(state, scores.get(job.validation.metric))
+    job.saver.border(state, writing=agreed.writing, save=save, last=agreed.stop or last)
+    job.watch.phase("log")
+    job.pictures.show(step, job.engine.module, told.batch)
+    values = told.losses | told.rates
+    if _is_logged(job, step) or save or scores:
+        values |= job.speed.values() | told.update.named() | _progress(job.engine, state, job.arithmetic)
+        _report(job.log, step, job.arithmetic, values | job.saver.cost() | scores, job.process)
+        job.speed.reset()
+    job.speed.next_is_logged(_is_logged(job, step + 1))
+    if last:
+        job.log.summary(to_dict(job.config), values | scores)
+
+
+def _is_logged(job: Job, step: int) -> bool:
+    """Whether step `step` has a log line, as far as this is known before it."""
+    periods = job.config.log_every, job.arithmetic.checkpoint_steps
+    return any(step % period == 0 for period in periods) or step in (job.steps.done + 1, job.steps.last)
 
 
 def _engine(

@@ -77,6 +77,7 @@ def deepspeed_json(
     Sizes of buckets follow the parameters of the model, of which `num_learning` learn.
     """
     zero = _zero_section(config, num_learning, num_parameters, device)
+    on_host = config.offload_optimizer or not device.startswith("cuda")
     plain = {
         "train_batch_size": micro_batch * num_micro * world,
         "train_micro_batch_size_per_gpu": micro_batch,
@@ -87,9 +88,9 @@ def deepspeed_json(
         "fp16": {"enabled": config.precision == "fp16"},
         "zero_optimization": zero,
         "checkpoint": {"load_universal": load_universal},
-        # DeepSpeed's own kernels need a build on first use. Torch's runs over all tensors at once on CUDA; on a CPU a
-        # rank has one flat tensor a group, where its fused form gains nothing.
-        "optimizer": {"type": "AdamW", "params": {**optimizer, "torch_adam": True}},
+        # DeepSpeed's own kernels need a build on first use. Torch's runs over all tensors at once on CUDA; in host
+        # memory only its fused form is one pass over a rank's states, without temporary tensors of their size.
+        "optimizer": {"type": "AdamW", "params": {**optimizer, "torch_adam": True, "fused": on_host}},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": sys.maxsize,
@@ -98,7 +99,10 @@ def deepspeed_json(
     if config.precision != "fp32":
         # DeepSpeed casts parameters only: pixels, normalised by float32 buffers, would not fit the weights.
         plain["data_types"] = {"buffer_dtype": config.precision}
-    return merge(plain, config.extra)
+    settings = merge(plain, config.extra)
+    # Divided before they are summed, as the scatter does by itself: the sum of many ranks could be too large for fp16.
+    settings.setdefault("prescale_gradients", not settings["zero_optimization"].get("reduce_scatter", True))
+    return settings
 
 
 def _zero_section(config: ZeroConfig, num_learning: int, num_parameters: int, device: str) -> dict[str, Any]:
@@ -108,6 +112,9 @@ def _zero_section(config: ZeroConfig, num_learning: int, num_parameters: int, de
         bucket = config.bucket_elements or memory.bucket_elements(num_learning)
         overlap = config.stage >= 2 and on_gpu if config.overlap is None else config.overlap
         zero |= {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket, "overlap_comm": overlap}
+    if config.stage in (1, 2):
+        # Below stage 3 DeepSpeed's scatter is an all-reduce, too, with a copy of the bucket before it and one after it.
+        zero["reduce_scatter"] = False
     if config.stage == 3:
         live = memory.live_elements(num_parameters)
         # DeepSpeed's own defaults (a billion) keep most models gathered throughout, as if nothing were sharded.

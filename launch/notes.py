@@ -19,7 +19,7 @@ from typing import Any
 from cluster import allocation
 from cluster.ray import RayError
 from dermfm.config import InputError
-from dermfm.notes.controls import write_controls
+from dermfm.notes.controls import check_source, write_controls
 from dermfm.notes.plan import NotesConfig
 from dermfm.notes.store import SOURCES
 from dermfm.notes.synthesize import Tally, TooManyFailures, plan_notes, summary, synthesize
@@ -38,6 +38,7 @@ def check(config: NotesConfig, _: int) -> None:
 def run(config: NotesConfig, call: Any) -> int:
     """Make the missing notes: 0 done, 1 too many failed. In an allocation, all tasks but the first offer Ray a node."""
     plan, table = plan_notes(config)
+    check_source(config)
     if config.address == allocation.ADDRESS and not allocation.is_head() and not call.dry_run:
         return allocation.serve() if plan.num_missing else 0  # the first task starts no Ray for nothing
     wanted = Counter(note.strategy.name for note in plan.notes.values())

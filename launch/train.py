@@ -13,10 +13,10 @@ from pathlib import Path
 from cluster.local import run_ranks
 from cluster.process import default_ranks, from_environment, is_launched, python_command
 from dermfm.on_ray import train_on_ray
-from dermfm.plan import TrainConfig, describe
+from dermfm.plan import TrainConfig, check_here, describe
 from dermfm.rank import run_rank
 from dermfm.resume import is_done
-from dermfm.run import check_free
+from dermfm.run import check_free, check_writable
 from dermfm.scale_table import show_run
 
 
@@ -37,16 +37,20 @@ def run(config: TrainConfig, call: object) -> int:
     alone = config.ray.most or default_ranks(config.ranks, config.device)
     world = from_environment(config.device).world if launched else alone
     if getattr(call, "dry_run", False):
-        print(describe(config, world))
+        told = describe(config, world)
+        check_here(config)
+        print(told)
         show_run(config, world)
         return 0
     if launched:
         return run_rank(config, from_environment(config.device))
     check(config, world)  # all that needs no process group, once, before any rank starts
+    check_here(config)
     if is_done(config, world):
         print(f"{config.run}: done, nothing to train; a larger epochs= continues")
         return 0
     check_free(Path(config.run))
+    check_writable(Path(config.run))
     if config.ray.most:
         return train_on_ray(config)
     return run_ranks([*python_command("launch.cli"), *sys.argv[1:]], world)

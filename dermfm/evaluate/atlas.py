@@ -43,7 +43,7 @@ class Case:
 def read_cases(folder: Path, split: str, size: int, limit: int = 0) -> list[Case]:
     """The first `limit` (0: all) lesions of a split, one photograph each. InputError where the atlas is not there."""
     if not (folder / TRUTH_FILE).is_file():
-        raise InputError(f"{folder}: no {TRUTH_FILE}; `dermfm demo configs/atlas-truth.yaml` makes one")
+        raise InputError(f"{folder}: no {TRUTH_FILE}; `python benchmarks/atlas.py` makes one")
     columns = ["dataset", "source_id", "split", "image"]
     records = pq.read_table(folder / "records.parquet", columns=columns).to_pylist()
     kept = {(r["dataset"], r["source_id"]): r["image"] for r in records if r["split"] == split}

@@ -1,8 +1,9 @@
 """Attention read-outs, and whether a word's looks where the thing is: for images whose regions are known.
 
-A read-out turns the fusion's attention into one map a word: the weights of one block and head, or of all heads of a
-block, plain or times their gradient of the match logit (Chefer et al. 2021, arXiv 2103.15679, equation 5). Which one
-tells colours apart is chosen on a validation set and then fixed.
+A read-out turns attention to the image into one map a word: the weights of one block and head, or of all heads of a
+block, plain or times a gradient (Chefer et al. 2021, arXiv 2103.15679, equation 5). In the fusion a word's map is that
+of its tokens, and the gradient is of the match logit; in the decoder, that of the positions that predict its tokens,
+and the gradient is of the note's log-likelihood. Which one tells colours apart is chosen on a validation set and fixed.
 
 A map is judged by a pair of words of the same note: the map of `a` should put more of its mass on the pixels of `a`
 than the map of `b` does. A map that does not depend on its word scores one half.
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dermfm.config import InputError
@@ -37,46 +39,75 @@ class Example:
 
 @dataclass(frozen=True)
 class ReadOut:
-    """One way of reading a map off the fusion. `head` −1: the mean of all."""
+    """One way of reading a map off the fusion or the decoder. `head` −1: the mean of all."""
 
     block: int
     head: int
     gradient: bool
+    part: str = "fusion"
 
     @property
     def name(self) -> str:
         """As one writes it."""
         heads = "all heads" if self.head < 0 else f"head {self.head}"
-        return f"block {self.block}, {heads}{', times gradient' if self.gradient else ''}"
+        return f"{self.part}, block {self.block}, {heads}{', times gradient' if self.gradient else ''}"
 
 
 def read_outs(model: Any) -> list[ReadOut]:
-    """Every read-out that the model has."""
-    fusion = model.config.fusion
-    heads = range(-1, fusion.heads)
-    return [ReadOut(b, h, g) for g in (False, True) for b in range(fusion.depth) for h in heads]
+    """Every read-out that the model has, in the order of `word_maps`."""
+    found: list[ReadOut] = []
+    for part in _parts(model):
+        sizes = getattr(model.config, part)
+        blocks, heads = range(sizes.depth), range(-1, sizes.heads)
+        found += [ReadOut(b, h, g, part) for g in (False, True) for b in blocks for h in heads]
+    return found
+
+
+def _parts(model: Any) -> list[str]:
+    """What of the model attends to the image; ValueError where nothing does."""
+    config = model.config
+    parts = ["fusion"] * (config.fusion.kind == "cross") + ["decoder"] * (config.decoder.depth > 0)
+    if not parts:
+        raise ValueError(f"model.fusion.kind: '{config.fusion.kind}' has no maps to read; use cross, or a decoder")
+    return parts
+
+
+def word_maps(model: Any, pixels: Tensor, tokens: Tensor, lengths: Tensor) -> Tensor:
+    """Maps [R, B, T, P] of every read-out, in the order of `read_outs`, of tokens [B, T] over pixels [B, 3, S, S].
+
+    Non-negative, not normalised. ValueError where the model has no attention to images.
+    """
+    of = {"fusion": fusion_maps, "decoder": decoder_maps}
+    return torch.cat([of[part](model, pixels, tokens, lengths) for part in _parts(model)])
 
 
 def fusion_maps(model: Any, pixels: Tensor, tokens: Tensor, lengths: Tensor) -> Tensor:
-    """Maps [R, B, T, P] of every read-out, in the order of `read_outs`, of tokens [B, T] over pixels [B, 3, S, S].
-
-    Non-negative, not normalised. ValueError where the model's fusion is not by cross-attention.
-    """
-    if model.config.fusion.kind != "cross":
-        raise ValueError(f"model.fusion.kind: '{model.config.fusion.kind}' has no maps to read; use cross")
+    """Those of the fusion by cross-attention."""
     with torch.no_grad():
         image, text = model.encode_image(pixels)[1], model.encode_text(tokens, lengths)[1]
     with torch.enable_grad():
         # The towers are left out of the graph: the maps depend on the fusion alone.
         fused, weights = model.fusion.with_maps(image.detach().requires_grad_(), text, lengths)
         slopes = torch.autograd.grad(model.match_head(masked_mean(fused, lengths)).sum(), weights)
+    return _rows(weights, slopes)
+
+
+def decoder_maps(model: Any, pixels: Tensor, tokens: Tensor, lengths: Tensor) -> Tensor:
+    """Those of the note decoder, which reads the note that it is given; a note's first token, which none predicts, has
+    a map of zeros."""
+    with torch.no_grad():
+        image = model.encode_image(pixels)[1]
+    with torch.enable_grad():
+        loss, weights = model.decoder.with_maps(image.detach().requires_grad_(), tokens, lengths)
+        slopes = torch.autograd.grad(-loss, weights)
+    return F.pad(_rows(weights, slopes), (0, 0, 1, 0))  # a position's weights belong to the token that it predicts
+
+
+def _rows(weights: Sequence[Tensor], slopes: Sequence[Tensor]) -> Tensor:
+    """Plain and weighted maps [R, B, T, P] of blocks [B, H, T, P]: first the mean of a block's heads, then each."""
     plain = [w.detach() for w in weights]
     weighted = [(w * g).clamp(min=0) for w, g in zip(plain, slopes, strict=True)]
-    rows: list[Tensor] = []
-    for kind in (plain, weighted):
-        for maps in kind:  # [B, H, T, P]
-            rows += [maps.mean(1), *maps.unbind(1)]
-    return torch.stack(rows)
+    return torch.stack([row for maps in (*plain, *weighted) for row in (maps.mean(1), *maps.unbind(1))])
 
 
 def pair_hits(model: Any, examples: Sequence[Example]) -> list[np.ndarray]:
@@ -91,7 +122,7 @@ def pair_hits(model: Any, examples: Sequence[Example]) -> list[np.ndarray]:
         texts = [e.text for e in part]
         tokens, lengths = tokenize(model.tokenizer, texts, model.config.text.max_tokens)
         pixels = torch.from_numpy(np.stack([e.pixels for e in part]))
-        maps = fusion_maps(model, pixels.to(device), tokens.to(device), lengths.to(device)).float().cpu().numpy()
+        maps = word_maps(model, pixels.to(device), tokens.to(device), lengths.to(device)).float().cpu().numpy()
         spans = model.tokenizer(
             texts, truncation=True, max_length=model.config.text.max_tokens, return_offsets_mapping=True
         )["offset_mapping"]

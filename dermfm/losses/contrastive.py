@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 MAX_LOGIT_SCALE = math.log(100.0)  # CLIP's bound (Radford et al. 2021, section 2.5)
+EVEN = 2**48  # from here on seeds say which images draw their negative evenly; below, they are stream indices
 CHUNK_ELEMENTS = 2**24  # similarities that are in memory at a time
 
 
@@ -228,16 +229,25 @@ def contrast(
 
 
 def mine_negatives(
-    image: Tensor, all_text: Tensor, scale: Tensor, pairs: Pairs, indices: Tensor, all_indices: Tensor
+    image: Tensor,
+    all_text: Tensor,
+    scale: Tensor,
+    pairs: Pairs,
+    indices: Tensor,
+    all_indices: Tensor,
+    hard: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """One hard-negative note per image, drawn in proportion to softmax(similarity) over the whole batch (ALBEF, 2021).
 
     image [b, d], all_text [B, d] of length 1; indices [b] and all_indices [B] are stream indices, on which alone the
-    draw depends, not on how the batch lies on ranks. Returns (columns int [b], found float [b]: 0 where a row has no
-    negative).
+    draw depends, not on how the batch lies on ranks. A share of 1 − `hard` of the images draws evenly. Returns (columns
+    int [b], found float [b]: 0 where a row has no negative).
     """
     allowed = ~(pairs.blocked | pairs.own)
     logits = (_temper(scale) * image @ all_text.T).masked_fill(~allowed, float("-inf"))
+    if hard < 1:
+        even = torch.cat([_uniform(EVEN + int(index), 1) for index in indices]).to(logits.device) >= hard
+        logits = torch.where(even[:, None] & allowed, 0.0, logits)
     found = allowed.any(1) & (pairs.valid > 0)
     place = all_indices - all_indices.min()
     uniform = torch.stack([_uniform(int(index), int(place.max()) + 1) for index in indices])

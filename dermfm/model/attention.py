@@ -145,7 +145,8 @@ def choose_kernel(kernel: str, device: str, dtype: torch.dtype) -> str:
             f"here: {device}, {dtype}; use 'auto' or 'sdpa'"
         )
     chosen = ("flash" if found else "sdpa") if kernel == "auto" else kernel
-    _say_once(f"{chosen} by {found.source}" if found and chosen == "flash" else chosen, kernel, device, str(dtype))
+    if not torch.compiler.is_compiling():  # the compiler warns of what remembers its calls
+        _say_once(f"{chosen} by {found.source}" if found and chosen == "flash" else chosen, kernel, device, str(dtype))
     return chosen
 
 

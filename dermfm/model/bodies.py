@@ -14,7 +14,7 @@ from timm.models import group_parameters
 from torch import Tensor, nn
 
 from dermfm.config import InputError, nearest
-from dermfm.model.weights import SHARDING, load_weights
+from dermfm.model.weights import SHARDING, fitting_weights, full_shapes, load_weights
 
 TORCHVISION = "torchvision:"
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -54,8 +54,26 @@ def build_body(name: str, size: int, weights: str | None, stride: int | None = N
             f"image.name: '{name}' cannot be built ({first}); a local file can be given as image.weights"
         ) from error
     if weights and not from_hub:
-        load_weights(body.net if isinstance(body, TorchvisionBody) else body, weights, "image.weights")
+        load_weights(_loaded(body), weights, "image.weights")
     return body if stride is None else _cut(body, name, stride)
+
+
+def check_weights(name: str, size: int, weights: str | None) -> None:
+    """InputError where local `weights` (see ImageConfig) do not fit the backbone, which gets no memory for it."""
+    if not weights or weights in ("timm", "torchvision"):
+        return
+    try:
+        with torch.device("meta"):
+            body = _construct(name, size, False)
+    except (NotImplementedError, RuntimeError):  # as in `token_shape`
+        with torch.random.fork_rng(devices=[]):
+            body = _construct(name, size, False)
+    fitting_weights(full_shapes(_loaded(body)), weights, "image.weights")
+
+
+def _loaded(body: Any) -> nn.Module:
+    """What weights are loaded into: the module whose names are those of the files."""
+    return body.net if isinstance(body, TorchvisionBody) else body
 
 
 def token_shape(name: str, size: int, stride: int | None = None) -> torch.Size:

@@ -16,6 +16,7 @@ from dermfm.config import check_choice, check_range, key
 from dermfm.losses.tokens import token_cross_entropy
 from dermfm.model.attention import KERNELS, Packing, is_fake, pack, repack
 from dermfm.model.fusion import Attention
+from dermfm.model.lean import move_into
 from dermfm.model.mlp import mlp
 
 
@@ -63,6 +64,8 @@ class DecoderBlock(nn.Module):
         self.self_attention = Attention(width, config.heads, config.kernel, causal=True)
         self.cross_attention = Attention(width, config.heads, config.kernel)
         self.mlp = mlp(width, config.mlp_ratio)
+        move_into(self.norm_cross, self.cross_attention.query)
+        move_into(self.norm_mlp, self.mlp[0])
 
     def forward(
         self,
@@ -90,6 +93,15 @@ class DecoderBlock(nn.Module):
         x = x + self.self_attention.look(own, keys, values, lengths, lengths)
         x = x + self.cross_attention.look(self.norm_cross(x), *seen, lengths)
         return x + self.mlp(self.norm_mlp(x))
+
+    def with_map(self, x: Tensor, image: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """(x, weights of the attention to the image [B, H, T, P] float32), of x [B, T, D]."""
+        own = self.norm_self(x)
+        x = x + self.self_attention.look(own, *self.self_attention.memory(own), lengths, lengths)
+        seen, weights = self.cross_attention(self.norm_cross(x), image, lengths, None, True)
+        assert weights is not None
+        x = x + seen
+        return x + self.mlp(self.norm_mlp(x)), weights
 
     def _packed(self, x: Tensor, image: Tensor, rows: Packing, image_rows: Packing) -> Tensor:
         own = self.norm_self(x)
@@ -135,7 +147,9 @@ class Decoder(nn.Module):
         """As `states`, of the valid tokens alone [N, D], note by note: what is padded costs nothing."""
         ids, rows = pack(tokens, lengths)
         places = repack(torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens), rows)
-        x = F.embedding(ids, self.words) + F.embedding(places, self.places)
+        # The gradient of the words as outputs is there by then: few rows are added to it, not another whole matrix. On
+        # CUDA those additions would have no fixed order.
+        x = F.embedding(ids, self.words, sparse=not ids.is_cuda) + F.embedding(places, self.places)
         flat, image_rows = pack(image, None)
         for block in self.blocks:
             x = block(x, flat, None, packed=(rows, image_rows))
@@ -147,6 +161,21 @@ class Decoder(nn.Module):
         for block in self.blocks:
             x = block(x, image, lengths)
         return self.norm(x)
+
+    def with_maps(self, image_tokens: Tensor, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The captioning loss of image tokens [B, P, Di] and tokens [B, T], and where each block looked.
+
+        Weights [B, H, T − 1, P] float32 a block, by the position that predicts: that of token t is t − 1. They take
+        part in the loss's graph.
+        """
+        image, read, last = self.image_in(image_tokens), tokens[:, :-1], lengths - 1
+        x = F.embedding(read, self.words) + self.places[: read.shape[1]]
+        maps: list[Tensor] = []
+        for block in cast(Iterable[DecoderBlock], self.blocks):
+            x, found = block.with_map(x, image, last)
+            maps.append(found)
+        counts = torch.arange(read.shape[1], device=tokens.device)[None] < last[:, None]
+        return token_cross_entropy(self.norm(x)[counts], self.words, tokens[:, 1:][counts]), maps
 
     def start_memory(self, image: Tensor, max_tokens: int) -> list[Memory]:
         """One empty memory a block, for at most `max_tokens` tokens."""

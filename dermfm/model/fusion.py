@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dermfm.config import check_choice, check_range, key
 from dermfm.model.attention import KERNELS, Packing, attention, attention_packed, attention_with_weights
+from dermfm.model.lean import move_into
 from dermfm.model.mlp import mlp
 
 KINDS = ("cross", "early", "late", "none")
@@ -91,6 +92,8 @@ class FusionBlock(nn.Module):
         self.self_attention = Attention(width, config.heads, config.kernel)
         self.cross_attention = Attention(width, config.heads, config.kernel)
         self.mlp = mlp(width, config.mlp_ratio)
+        move_into(self.norm_cross, self.cross_attention.query)
+        move_into(self.norm_mlp, self.mlp[0])
 
     def forward(self, x: Tensor, image: Tensor, lengths: Tensor, weights: bool = False) -> tuple[Tensor, Tensor | None]:
         """x [B, T, D], image [B, P, D], lengths [B] → (x, cross-attention weights [B, H, T, P] where asked for)."""
@@ -109,6 +112,7 @@ class EarlyBlock(nn.Module):
         self.norm_self, self.norm_mlp = nn.LayerNorm(config.width), nn.LayerNorm(config.width)
         self.self_attention = Attention(config.width, config.heads, config.kernel)
         self.mlp = mlp(config.width, config.mlp_ratio)
+        move_into(self.norm_mlp, self.mlp[0])
 
     def forward(self, x: Tensor, lengths: Tensor, weights: bool = False) -> tuple[Tensor, Tensor | None]:
         """x [B, S, D], lengths [B] → (x, attention weights [B, H, S, S] where asked for)."""

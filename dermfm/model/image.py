@@ -18,6 +18,7 @@ from dermfm.model.bodies import (
     token_shape,
     use_fused_attention,
 )
+from dermfm.model.lean import use_lean_blocks
 from dermfm.model.mlp import use_lean_mlps
 from dermfm.model.pooling import AttentionPool
 
@@ -71,6 +72,7 @@ class ImageTower(nn.Module):
         self.body = build_body(config.name, config.size, config.weights, config.stride)
         use_fused_attention(self.body, config.kernel != "reference")
         use_lean_mlps(self.body)
+        use_lean_blocks(self.body)
         defaults = self.body.pretrained_cfg
         mean, std = config.mean or defaults["mean"], config.std or defaults["std"]
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1) * 255, persistent=False)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import timm.layers
@@ -53,11 +53,19 @@ def activate_and_project(activation: nn.Module, second: nn.Module, hidden: Tenso
     def run(hidden: Tensor) -> Tensor:
         return second(activation(hidden))
 
+    return recomputed(run, hidden) if recomputes(hidden, second) else run(hidden)
+
+
+def recomputes(x: Tensor, layer: nn.Module) -> bool:
+    """Whether a layer that reads `x` may compute its input once more in the backward pass, instead of keeping it."""
     # ZeRO stage 3 would gather the layer once more.
-    keeps = KEEPS_ALL.get() or any(hasattr(p, "ds_id") for p in second.parameters())
-    if keeps or not torch.is_grad_enabled() or not hidden.requires_grad or torch.compiler.is_compiling():
-        return run(hidden)
-    return checkpoint(run, hidden, use_reentrant=False, preserve_rng_state=False)
+    keeps = KEEPS_ALL.get() or any(hasattr(p, "ds_id") for p in layer.parameters())
+    return not keeps and torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling()
+
+
+def recomputed(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """run(x), of which nothing but `x` is kept."""
+    return checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)
 
 
 def use_lean_mlps(body: nn.Module) -> None:

@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from dermfm.config import InputError, check_choice, check_range, key
 from dermfm.model.attention import KERNELS, Packing, attention, attention_packed, is_fake, pack, unpack
+from dermfm.model.lean import use_lean_blocks
 from dermfm.model.pooling import AttentionPool
 from dermfm.model.weights import PACKAGE, SHARDING, package_folder
 
@@ -72,6 +73,7 @@ class TextTower(nn.Module):
         self.width: int = self.body.config.hidden_size
         if getattr(self.body, "pooler", None) is not None:
             self.body.pooler = None  # unused: its parameters would never get a gradient
+        use_lean_blocks(self.body)
         self.first_position = _make_packable(self.body) if config.packed else None
         self._freeze(config.train_blocks)
         self.attention_pool = AttentionPool(self.width, config.kernel) if config.pool == "attention" else None
@@ -192,8 +194,13 @@ class NoteStates:
 
 
 def encoder_folder(name: str) -> str:
-    """The folder (or hub name) that `from_pretrained` takes for a configured encoder name."""
+    """The folder (or hub name) that `from_pretrained` takes for a configured encoder name.
+
+    InputError where a path is no folder, or a package holds no encoder.
+    """
     if not name.startswith(PACKAGE):
+        if name.startswith(("/", "./", "../")) and not Path(name).is_dir():
+            raise InputError(f"text.name: encoder '{name}': no such local folder")
         return name
     folder = package_folder(name.removeprefix(PACKAGE), "text.name")
     found = sorted(p.parent for p in folder.rglob("config.json") if (p.parent / "tokenizer.json").is_file())

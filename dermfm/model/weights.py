@@ -184,9 +184,18 @@ def _side(count: int) -> int:
 
 def load_weights(module: nn.Module, source: str, key: str) -> None:
     """Fill `module` from `source`, by name or else by position; InputError says which tensors do not fit."""
+    shapes = full_shapes(module)
+    state, left = fitting_weights(shapes, source, key)
+    _log.info(
+        "%s: %d tensors from %s%s", key, len(shapes), weights_file(source, key), f" ({left} left over)" * (left > 0)
+    )
+    fill(module, state)
+
+
+def fitting_weights(shapes: Mapping[str, torch.Size], source: str, key: str) -> tuple[dict[str, Tensor], int]:
+    """The tensors of `source` for a module of these shapes, and how many it has no use for; InputError as above."""
     path = weights_file(source, key)
     given = read_state_dict(path, key)
-    shapes = full_shapes(module)
     state = fit_by_name(shapes, given)
     needed = [n for n in shapes if not n.endswith("num_batches_tracked")]
     if not set(needed) <= set(state):
@@ -199,9 +208,7 @@ def load_weights(module: nn.Module, source: str, key: str) -> None:
         unknown = [n for n in state if n not in shapes]
         told += [_named("in the file only", unknown)] if missing and unknown else []
         raise InputError(f"{key}: {path} does not fit this tower: {'; '.join(t for t in told if t)}")
-    unused = len(given) - len(state.keys() & shapes.keys())
-    _log.info("%s: %d tensors from %s%s", key, len(shapes), path, f" ({unused} left over)" if unused > 0 else "")
-    fill(module, state)
+    return state, len(given) - len(state.keys() & shapes.keys())
 
 
 def _named(what: str, names: list[str]) -> str:

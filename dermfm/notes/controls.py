@@ -96,6 +96,20 @@ def assign(groups: Sequence[str], seed: int) -> np.ndarray | None:
     return donors
 
 
+def check_source(config: NotesConfig) -> None:
+    """InputError where controls are asked for and the strategy that they are made of is neither there nor asked for."""
+    asked = [name for name in CONTROLS if name in config.strategies]
+    if not asked or config.of in config.strategies:
+        return
+    there = sorted(store.strategies_in(config.out))
+    if config.of not in there:
+        hint = nearest(config.of, there) if there else "it holds none at all"
+        raise InputError(
+            f"of: {config.out} holds no notes of '{config.of}' for '{asked[0]}' to give away; {hint}; "
+            "add it to strategies, or choose another `of`"
+        )
+
+
 def write_controls(config: NotesConfig, records: pa.Table) -> Counter[str]:
     """Add the missing notes of the controls that are asked for to the folder; how many were made, by control.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -69,5 +70,17 @@ class Pace:
         if self._board is None:
             from torch.utils.tensorboard import SummaryWriter
 
+            _keep_full_disks_quiet()
             self._board = SummaryWriter(str(self.folder))
         return self._board
+
+
+def _keep_full_disks_quiet() -> None:
+    """Let the thread that writes TensorBoard's files end without a traceback where a disk is full."""
+    before = threading.excepthook
+
+    def hook(failed: threading.ExceptHookArgs) -> None:
+        if not (isinstance(failed.exc_value, OSError) and type(failed.thread).__name__ == "_AsyncWriterThread"):
+            before(failed)
+
+    threading.excepthook = hook

@@ -51,7 +51,7 @@ class NotesConfig:
     )
     threads_per_actor: int = key(1, "CPU threads (and CPUs) of an actor; a replica has one actor a shard")
     gpus_per_actor: float = key(0.0, "GPUs of an actor")
-    lease: int = key(32, "notes that a dead actor costs at most")
+    lease: int = key(128, "notes that a replica gets at once: what a dead one costs, and the most that it can batch")
 
     def __post_init__(self) -> None:
         check_choice("ray", self.ray, RAY)
@@ -74,6 +74,8 @@ class NotesConfig:
         if self.engine.kind == "vllm" and self.ray != "never" and self.gpus_per_actor != 1:
             raise ValueError("gpus_per_actor: vllm needs 1 GPU for each shard; set gpus_per_actor=1")
         check_range("gpus_per_actor", self.gpus_per_actor, 0)
+        if self.engine.device == "cuda" and self.ray != "never" and not self.gpus_per_actor:
+            raise ValueError("gpus_per_actor: engine.device=cuda needs a GPU for every actor; set gpus_per_actor=1")
         check_range("max_failed_fraction", self.max_failed_fraction, 0, 1)
 
 

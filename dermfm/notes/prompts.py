@@ -134,6 +134,11 @@ class LoadedPrompt:
         return WHERE_SEEN if self.sees else self.prompt.facts_source
 
     @functools.cached_property
+    def told(self) -> tuple[str, ...]:
+        """Names of the facts that its fields can give it; a template that says another one is refused."""
+        return tuple(name for name, fields in FIELDS_OF.items() if set(fields) & set(self.prompt.fields))
+
+    @functools.cached_property
     def options(self) -> dict[str, Any] | None:
         """The JSON schema of a structured answer; None for prose."""
         return json_schema(self.prompt.options, self.sees)
@@ -148,14 +153,14 @@ class LoadedPrompt:
 
     def messages(self, facts: Facts, seed: int) -> tuple[Message, ...]:
         """The whole conversation for one record, ending with the user's message."""
-        return (*self.prefix(facts, seed), ("user", _render(self.name, self.prompt.user, facts, sees=self.sees)))
+        return (*self.prefix(facts, seed), ("user", _render(self, self.prompt.user, facts, sees=self.sees)))
 
     def realise(self, structure: Structure, facts: Facts, visible: Mapping[str, Any], seed: int) -> str:
         """The text of a structure: a wording, and the words within it, picked by `seed`."""
         chance = random.Random(seed)
         template = chance.choice(self.prompt.realise)
         more = {"s": structure, "measured": _degrees(visible), "pick": chance.choice, "shuffled": _shuffler(chance)}
-        return " ".join(_render(self.name, template, facts, sees=self.sees, **more).split())
+        return " ".join(_render(self, template, facts, sees=self.sees, **more).split())
 
 
 @functools.cache
@@ -168,16 +173,18 @@ def load_prompt(path: str, sees: bool = False) -> LoadedPrompt:
     prompt = from_dict(Prompt, values, path)
     sees = prompt.images == "required" or (sees and prompt.images == "optional")
     loaded = LoadedPrompt(Path(path).stem, prompt, short_hash(values), sees)
-    known = [name for name, fields in FIELDS_OF.items() if set(fields) & set(prompt.fields)]
     for style in prompt.styles:
         for example in style.examples:
-            if wrong := sorted(set(example.facts) ^ set(known)):
-                raise InputError(f"{path}: an example must give exactly the facts {', '.join(known)}; see '{wrong[0]}'")
-    told = [name for name in known if not (loaded.sees and name in APPEARANCE)]
+            if wrong := sorted(set(example.facts) ^ set(loaded.told)):
+                raise InputError(
+                    f"{path}: an example must give exactly the facts {', '.join(loaded.told)}; see '{wrong[0]}'"
+                )
+    told = [name for name in loaded.told if not (loaded.sees and name in APPEARANCE)]
     try:
         _try_out(loaded, told)
     except InputError as error:
-        raise InputError(f"{path}: {error}; its `fields` give it the facts {', '.join(told) or 'none'}") from error
+        hint = f"; its `fields` give it the facts {', '.join(told) or 'none'}" if "undefined" in str(error) else ""
+        raise InputError(f"{path}: {error}{hint}") from error
     return loaded
 
 
@@ -202,13 +209,13 @@ def _first_choices(rule: Mapping[str, Any]) -> Any:
 @functools.cache
 def _prefix(loaded: LoadedPrompt, known: frozenset[str], image: str, style: int) -> tuple[Message, ...]:
     prompt = loaded.prompt
-    messages: list[Message] = [("system", _render(loaded.name, prompt.system, {}, sees=loaded.sees))]
+    messages: list[Message] = [("system", _render(loaded, prompt.system, {}, sees=loaded.sees))]
     for example in prompt.styles[style].examples if prompt.styles else []:
         facts = {name: value for name, value in example.facts.items() if name in known}
         if image and "image" in facts:
             facts["image"] = image
-        messages.append(("user", _render(loaded.name, prompt.user, facts, sees=loaded.sees)))
-        messages.append(("assistant", _render(loaded.name, example.note, facts, sees=loaded.sees)))
+        messages.append(("user", _render(loaded, prompt.user, facts, sees=loaded.sees)))
+        messages.append(("assistant", _render(loaded, example.note, facts, sees=loaded.sees)))
     return tuple((role, text) for role, text in messages if text)
 
 
@@ -240,11 +247,13 @@ def _compile(template: str) -> Any:
     return _environment().from_string(template)
 
 
-def _render(name: str, template: str, facts: Mapping[str, str], **more: Any) -> str:
+def _render(loaded: LoadedPrompt, template: str, facts: Mapping[str, str], **more: Any) -> str:
     """One template with the facts: each by name (None where unknown), `patient`, `facts` itself, and `more`."""
-    by_name: dict[str, Any] = {fact: facts.get(fact) for fact in FIELDS_OF}
+    by_name: dict[str, Any] = {fact: facts.get(fact) for fact in loaded.told}
+    if "age" in by_name or "sex" in by_name:
+        by_name["patient"] = patient(facts)
     try:
-        text = _compile(template).render(facts=dict(facts), patient=patient(facts), **by_name, **more)
+        text = _compile(template).render(facts=dict(facts), **by_name, **more)
     except TemplateError as error:
-        raise InputError(f"prompt {name}: {error}") from error
+        raise InputError(f"prompt {loaded.name}: {error}") from error
     return "\n".join(line.rstrip() for line in text.strip().splitlines() if line.strip())

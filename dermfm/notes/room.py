@@ -38,6 +38,8 @@ def check_here(engine: EngineConfig) -> None:
     if engine.kind in ("transformers", "vllm") and on_cuda(engine):
         import torch
 
+        if not torch.cuda.is_available():
+            raise InputError("engine.device: cuda is asked for and this machine shows no GPU; use auto or cpu")
         have, where = float(torch.cuda.get_device_properties(0).total_memory), "the GPU has"
     _compare(engine, weights, have, where)
 

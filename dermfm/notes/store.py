@@ -77,6 +77,12 @@ def part_ids(path: Path) -> list[str]:
     return _read_part(path, ["note_id"]).column("note_id").to_pylist()
 
 
+def strategies_in(folder: str | Path) -> set[str]:
+    """The strategies that the folder holds notes of."""
+    parts = done_parts(folder).values()
+    return {name for path in parts for name in _read_part(path, ["strategy"]).column("strategy").unique().to_pylist()}
+
+
 def write_part(folder: str | Path, index: int, rows: Sequence[Mapping[str, Any]]) -> Path:
     """Write one part (rows as NOTE_SCHEMA) and rename it into place; InputError where the disk refuses."""
     path = Path(folder) / f"part-{index:05d}.parquet"

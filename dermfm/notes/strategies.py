@@ -180,6 +180,8 @@ def _find(name: str, folder: Path, takes_images: Callable[[], bool]) -> Strategy
         members = ", ".join(MIXES[name].members) or "the strategies that it is to mix"
         raise InputError(f"strategies: '{name}' is a mix, drawn when training; write its notes with {members}")
     path = folder / f"{name}.yaml"
+    if not folder.is_dir():
+        raise InputError(f"prompts: no folder {folder}; it holds prompt files, <strategy>.yaml (leave it out for ours)")
     if not path.is_file():
         valid = [*FIXED, *CONTROLS, *(p.stem for p in folder.glob("*.yaml"))]
         raise InputError(f"strategies: no strategy '{name}' in {folder}; {nearest(name, valid)}")

@@ -139,12 +139,11 @@ class _Parts:
             yield from ((index, chunk) for chunk in self._chunks(index))
 
     def _chunks(self, index: int) -> Iterator[list[Item]]:
-        """The items of a part, a lease at a time; what no model writes is cheap enough to lease the part at once."""
+        """The items of a part in equal leases; what no model writes is cheap enough to lease the part at once."""
         notes = [self.plan.notes[note_id] for note_id in self.plan.parts[index]]
-        prompted = self._is_prompted(index)
-        size = self.config.lease if prompted else len(notes)
-        for start in range(0, len(notes), size):
-            chunk = notes[start : start + size]
+        pieces = -(-len(notes) // self.config.lease) if self._is_prompted(index) else 1
+        for k in range(pieces):  # a last lease of a few notes would cost as many steps as a full one
+            chunk = notes[k * len(notes) // pieces : (k + 1) * len(notes) // pieces]
             records = records_of(self.table, chunk)
             yield [make_item(note, record, self.config) for note, record in zip(chunk, records, strict=True)]
 

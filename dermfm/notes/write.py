@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from dermfm.config import InputError
 from dermfm.notes.checks import Rules, find_faults
 from dermfm.notes.engines.protocol import Engine, EngineConfig, Generation, Request, build_engine
 from dermfm.notes.engines.seat import Seat
@@ -141,6 +142,8 @@ def generate_surely(engine: Engine, requests: Sequence[Request]) -> list[Generat
     """The engine's answers; where a batch raises, it is cut in halves until the request that does it is alone."""
     try:
         return engine.generate(requests)
+    except InputError:  # nothing that a request is to blame for: a key that is refused
+        raise
     except (RuntimeError, ValueError, IndexError, KeyError, TypeError) as error:
         if len(requests) == 1:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

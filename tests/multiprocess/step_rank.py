@@ -22,6 +22,7 @@ from cluster.process import close_group, from_environment, start_group
 from dermfm import losses, zero
 from dermfm.concepts import CONCEPTS
 from dermfm.config import from_dict
+from dermfm.gradients import Gradients
 from dermfm.model.dermfm import DermFM, ModelConfig
 from dermfm.objectives import ObjectiveConfig
 from dermfm.optimizer import OptimizerConfig, parameter_groups
@@ -86,14 +87,11 @@ def run_case(job: dict[str, Any], case: dict[str, Any], rank: int, world: int) -
         num_parameters=sum(p.numel() for p in model.parameters()),
     )
     engine = zero.initialize(model, parameter_groups(model, OPTIMIZER), settings, "cpu")
-    rows = []
+    rows, gradients = [], Gradients(engine)
     for step in range(case["num_steps"]):
         batch = own_part(full_batch(engine.module.tokenizer, step), rank, world)
         values = optimizer_step(engine, batch, micro, objectives)
-        engine.step()
-        if case["stage"]:  # without ZeRO, DeepSpeed does not tell the norm
-            values["grad_norm"] = float(engine.get_global_grad_norm())
-        rows.append(values)
+        rows.append({**values, "grad_norm": gradients.step().norm})
     engine.destroy()
     return rows
 

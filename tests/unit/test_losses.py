@@ -226,8 +226,16 @@ def test_matching_stays_finite_for_huge_logits():
     assert losses.matching(huge, huge, torch.ones(2), torch.ones(2)).item() == pytest.approx(2e4)
 
 
-def mine(image: Tensor, text: Tensor, scale: Tensor, pairs: Pairs, indices: Tensor, everyone: Tensor | None = None):
-    return losses.mine_negatives(image, text, scale, pairs, indices, indices if everyone is None else everyone)
+def mine(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    pairs: Pairs,
+    indices: Tensor,
+    everyone: Tensor | None = None,
+    hard: float = 1.0,
+):
+    return losses.mine_negatives(image, text, scale, pairs, indices, indices if everyone is None else everyone, hard)
 
 
 def test_negatives_are_only_ever_drawn_from_allowed_notes():
@@ -268,6 +276,24 @@ def test_the_negative_of_a_stream_index_does_not_depend_on_how_the_batch_lies_on
             for index, column in zip(indices[order][own].tolist(), found.tolist(), strict=True):
                 if VALID[index - 1000]:
                     assert int(indices[order][column]) == by_index[index]
+
+
+@pytest.mark.parametrize(("hard", "share"), [(1.0, 1.0), (0.5, 0.5 + 0.5 / 7), (0.0, 1 / 7)])
+def test_the_share_that_is_not_mined_is_drawn_evenly_from_all_allowed_notes(hard, share):
+    """Similarities so steep that a mined negative is always the next column, and an even draw seldom is."""
+    image = torch.eye(SIZE)
+    text, nearest = image.roll(1, 0), torch.arange(SIZE).add(1) % SIZE
+    draws, hits, counts = 600, 0, torch.zeros(SIZE, SIZE)
+    for draw in range(draws):
+        chosen, found = mine(
+            image, text, torch.tensor([4.0]), plain_pairs(SIZE), draw * SIZE + torch.arange(SIZE), hard=hard
+        )
+        assert found.all()
+        hits += int((chosen == nearest).sum())
+        counts[torch.arange(SIZE), chosen] += 1
+    assert hits / (draws * SIZE) == pytest.approx(share, abs=0.03)
+    assert not counts.diagonal().any()
+    assert (counts.sum(1) == draws).all()
 
 
 def test_negatives_are_drawn_in_proportion_to_the_softmax_of_similarity():

@@ -7,6 +7,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from dermfm import zero
 
@@ -37,3 +38,28 @@ def test_the_lock_of_a_killed_build_is_taken_away_and_that_of_a_living_one_stays
         zero._clear_stale_lock(build)
         assert (build / "lock").exists() == stays
     zero._clear_stale_lock(tmp_path / "nothing was built here")
+
+
+def settings_of(device: str, **zero_config: Any) -> dict[str, Any]:
+    config = zero.ZeroConfig(**zero_config)
+    return zero.deepspeed_json(
+        config, micro_batch=1, num_micro=1, world=1, optimizer={}, device=device, num_learning=10, num_parameters=10
+    )
+
+
+def test_adamw_is_fused_where_its_states_lie_in_host_memory_and_over_all_tensors_at_once_on_a_gpu():
+    fused = {
+        where: settings_of(where[0], stage=1, offload_optimizer=where[1])["optimizer"]["params"]["fused"]
+        for where in (("cpu", False), ("cuda", False), ("cuda:1", True))
+    }
+    assert fused == {("cpu", False): True, ("cuda", False): False, ("cuda:1", True): True}
+
+
+def test_what_stands_in_extra_overrides_what_is_chosen_here():
+    extra = {"zero_optimization": {"reduce_scatter": True}, "optimizer": {"params": {"fused": False}}}
+    chosen, wanted = settings_of("cpu", stage=1), settings_of("cpu", stage=1, extra=extra)
+    assert not chosen["zero_optimization"]["reduce_scatter"]
+    assert chosen["prescale_gradients"]
+    assert wanted["zero_optimization"]["reduce_scatter"]
+    assert not wanted["prescale_gradients"]  # DeepSpeed refuses both together at stage 2
+    assert wanted["optimizer"]["params"] == {"torch_adam": True, "fused": False}

@@ -7,14 +7,18 @@ and each row samples from noise of its own seed, so that its randomness does not
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from dermfm.notes.engines.grammar import Walk
+from dermfm.notes.engines.grouped import Beginnings, attends_apart, begun
 
 SHRINK_AT = 0.75  # rows leave the batch once no more than this share of it is still being written
 
@@ -75,6 +79,9 @@ class Prefix:
     cache: DynamicCache | None
 
 
+EMPTY = Prefix(0, None)
+
+
 def can_share_prefixes(model: Any) -> bool:
     """Whether all layers keep every position (sliding windows and recurrent layers do not)."""
     layers = DynamicCache(config=model.config).layers
@@ -82,29 +89,48 @@ def can_share_prefixes(model: Any) -> bool:
 
 
 @torch.inference_mode()
-def compute_prefix(model: Any, tokens: Sequence[int]) -> Prefix:
-    """Run the model once over a beginning (token ids); [] gives an empty one."""
+def compute_prefix(model: Any, tokens: Sequence[int], after: Prefix = EMPTY) -> Prefix:
+    """Run the model once over a beginning (token ids) that stands `after` another; that one stays as it is."""
     if not tokens:
-        return Prefix(0, None)
+        return after
     cache = DynamicCache(config=model.config)
+    if after.cache is not None:
+        cache.layers = [copy.copy(layer) for layer in after.cache.layers]  # growing replaces tensors, it writes in none
     ids = torch.tensor([list(tokens)], device=model.device)
     model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return Prefix(len(tokens), cache)
+    return Prefix(after.length + len(tokens), cache)
+
+
+def common_beginning(rows: Sequence[list[int]]) -> int:
+    """How many tokens all rows begin with, leaving every row at least one."""
+    first, last = min(rows), max(rows)  # in order of their tokens: what these two share, all share
+    same = next((k for k, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    return min(same, *(len(row) - 1 for row in rows))
 
 
 def _joined_cache(model: Any, prefixes: Sequence[Prefix], room: int) -> DynamicCache:
-    """A cache with one row for each prefix, all of them ending at the same position, and room for `room` positions."""
+    """A cache with one row for each prefix, all of them ending at the same position, and `room` positions after it."""
     joined: Any = DynamicCache(config=model.config)
     if not can_share_prefixes(model):
         return joined
-    joined.layers = [RoomyLayer(room) for _ in joined.layers]
     width = max(p.length for p in prefixes)
+    joined.layers = [RoomyLayer(width + room) for _ in joined.layers]
     for depth, layer in enumerate(joined.layers):
         for row, prefix in enumerate(prefixes):
             if prefix.cache is not None:
                 source: Any = prefix.cache.layers[depth]
                 layer.place(row, len(prefixes), width, source.keys, source.values)
     return joined
+
+
+def _standing_before(prefixes: Iterable[Prefix], layers: int) -> AbstractContextManager[None]:
+    """Rows of these prefixes attend to them without a copy of their own; neighbours with the same one ask together."""
+    runs: list[Any] = []
+    for _, same in groupby(prefixes, key=id):
+        prefix, *others = same
+        held: Any = prefix.cache.layers if prefix.cache is not None else None
+        runs.append((1 + len(others), held and [(layer.keys, layer.values) for layer in held]))
+    return begun(Beginnings(runs), layers)
 
 
 @dataclass(frozen=True)
@@ -132,29 +158,32 @@ def decode(
     `walk` says which tokens may come next in each row; `agree` makes all processes of a sharded model go on with the
     same tokens.
 
-    Rows are padded before their prefix and between prefix and suffix. Every suffix needs at least one token; a model
-    that cannot share prefixes (`can_share_prefixes`) needs empty ones.
+    Rows are padded between prefix and suffix, and before their prefix where the model's attention wants it in every
+    row's cache. Every suffix needs at least one token; a model that cannot share prefixes (`can_share_prefixes`) needs
+    empty ones.
     """
     rows, width = len(suffixes), max(map(len, suffixes))
-    real = torch.tensor([[0] * (width - len(s)) + [1] * len(s) for s in suffixes], device=model.device)
     ids = torch.tensor([[stop[0]] * (width - len(s)) + list(s) for s in suffixes], device=model.device)
-    shared = max(p.length for p in prefixes)
-    before = torch.tensor([[0] * (shared - p.length) + [1] * p.length for p in prefixes], device=model.device)
-    mask = torch.cat([before.to(real.dtype), real], dim=1)
-    position = before.sum(dim=1, keepdim=True).long() + real.cumsum(dim=1) - 1
-    cache = _joined_cache(model, prefixes, shared + width + max_new_tokens)
+    mask = torch.tensor([[0] * (width - len(s)) + [1] * len(s) for s in suffixes], device=model.device)
+    position = torch.tensor([[p.length] for p in prefixes], device=model.device) + mask.cumsum(dim=1) - 1
+    apart = attends_apart(model) and can_share_prefixes(model)
+    joined = [EMPTY] * rows if apart else prefixes
+    mask = torch.cat([_held(joined, mask), mask], dim=1)
+    cache = _joined_cache(model, joined, width + max_new_tokens)
     choose = chooser(sampling, max_new_tokens, model.device)
     written: list[list[int]] = [[] for _ in range(rows)]
     live = list(range(rows))
     for step in range(max_new_tokens):
-        logits = model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=position.clamp(min=0),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
+        before = _standing_before((prefixes[k] for k in live), len(cache.layers)) if apart else nullcontext()
+        with before:
+            logits = model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=position.clamp(min=0),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]
         allowed = logits if walk is None else walk.allow(logits, live)
         ids = agree(choose(allowed, live, step))[:, None]
         for row, token in zip(live, ids[:, 0].tolist(), strict=True):
@@ -173,6 +202,12 @@ def decode(
             ids, mask, position = ids[keep], mask[keep], position[keep]
             live = [live[k] for k in going]
     return written
+
+
+def _held(prefixes: Sequence[Prefix], like: torch.Tensor) -> torch.Tensor:
+    """1 where a row's cache holds its prefix, all of them ending at the same position."""
+    width = max(p.length for p in prefixes)
+    return torch.tensor([[0] * (width - p.length) + [1] * p.length for p in prefixes]).to(like)
 
 
 def chooser(sampling: Sampling, steps: int, device: torch.device) -> Any:

@@ -66,6 +66,15 @@ def sees_images(config: EngineConfig) -> bool:
     return "vision_config" in model_config(config)
 
 
+def has_chat_template(config: EngineConfig) -> bool:
+    """Whether the model comes with a way to write conversations down, as instruction-tuned ones do."""
+    folder = model_folder(config)
+    if any(folder.glob("chat_template.*")):
+        return True
+    settings = (folder / name for name in ("tokenizer_config.json", "processor_config.json"))
+    return any("chat_template" in json.loads(path.read_text()) for path in settings if path.is_file())
+
+
 def bytes_of_weights(config: EngineConfig) -> int:
     """Bytes of all weights in the configured number format, from the headers of the safetensors files.
 

@@ -96,6 +96,8 @@ class OpenAIEngine:
             try:
                 body = await asyncio.to_thread(self.body, request)
                 return await self._patiently(session, body, request)
+            except InputError:  # no other request would fare better
+                raise
             except (Busy, Refused, ValueError) as error:
                 return Generation("", error=self._clean(str(error)))
 
@@ -125,6 +127,8 @@ class OpenAIEngine:
                 text = await answer.text(errors="replace")
                 if answer.status in PASSES:
                     raise Busy(f"{answer.status} {_reason(text)}", _retry_after(answer.headers.get("Retry-After")))
+                if answer.status == 401:
+                    raise _refused_key(self.server, answer.status)
                 if answer.status != 200:
                     raise Refused(f"{answer.status} {_reason(text)}")
         except asyncio.TimeoutError as error:
@@ -170,9 +174,7 @@ def prepare(config: EngineConfig) -> str:
         return config.revision or ""
     status, text = asyncio.run(_models(config.server))
     if status in (401, 403):
-        variable = config.server.key_variable
-        held = f"refuses the key in ${variable}" if os.environ.get(variable) else f"wants a key; ${variable} is not set"
-        raise InputError(f"engine.server.key_variable: {config.server.url} {held} ({status})")
+        raise _refused_key(config.server, status)
     if status >= 500 or status == 429:
         raise InputError(f"engine.server.url: {config.server.url} answers {status}; see that the server is up")
     try:
@@ -202,6 +204,12 @@ def weight_bytes(config: EngineConfig) -> int:
 def build(config: EngineConfig, seat: Seat | None = None) -> OpenAIEngine:
     """The engine."""
     return OpenAIEngine(config)
+
+
+def _refused_key(server: ServerConfig, status: int) -> InputError:
+    variable = server.key_variable
+    held = f"refuses the key in ${variable}" if os.environ.get(variable) else f"wants a key; ${variable} is not set"
+    return InputError(f"engine.server.key_variable: {server.url} {held} ({status})")
 
 
 def _headers(server: ServerConfig) -> tuple[dict[str, str], str]:

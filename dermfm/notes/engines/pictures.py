@@ -16,6 +16,7 @@ from dermfm.notes.engines.grammar import Walk
 from dermfm.notes.engines.protocol import Request
 
 QUALITY = 90
+IMAGE_SIDE = 1536  # longer images are made smaller for models in process; their processors cut them further
 
 
 def open_picture(path: str, longest_side: int | None = None) -> Image.Image:
@@ -62,7 +63,7 @@ def picture_inputs(processor: Any, requests: Sequence[Request]) -> dict[str, tor
     chats = []
     for request in requests:
         assert request.image is not None
-        messages = chat(request, {"type": "image", "image": open_picture(request.image)})
+        messages = chat(request, {"type": "image", "image": open_picture(request.image, IMAGE_SIDE)})
         for message in messages[:-1]:  # templates of such models want lists everywhere
             message["content"] = [{"type": "text", "text": message["content"]}]
         chats.append(messages)

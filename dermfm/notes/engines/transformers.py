@@ -9,15 +9,25 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from cluster.replicas import ReplicaLost
 from dermfm.config import InputError, short_hash
-from dermfm.notes.engines.decode import Prefix, Sampling, can_share_prefixes, compute_prefix, decode
+from dermfm.notes.engines.decode import (
+    Prefix,
+    Sampling,
+    can_share_prefixes,
+    common_beginning,
+    compute_prefix,
+    decode,
+)
 from dermfm.notes.engines.folders import (
     bytes_of_weights,
+    has_chat_template,
     model_folder,
     model_revision,
     on_cuda,
@@ -130,8 +140,20 @@ class TransformersEngine:
         agree = self.table.agree if self.table is not None else (lambda tokens: tokens)
         if job.inputs is not None:
             return decode_with_pictures(self.model, job.inputs, job.sampling, self.stop, steps, walk, agree)
-        suffixes, prefixes = [suffix for _, suffix in job.rows], [self._prefix(prefix) for prefix, _ in job.rows]
+        suffixes, prefixes = self._begun(job.rows)
         return decode(self.model, suffixes, prefixes, job.sampling, self.stop, steps, walk, agree)
+
+    def _begun(self, rows: list[Encoded]) -> tuple[list[list[int]], list[Prefix]]:
+        """What is left of each row, and what stands before it: the prefix and what its neighbours go on with alike."""
+        suffixes: list[list[int]] = []
+        prefixes: list[Prefix] = []
+        for tokens, run in groupby(rows, key=lambda row: row[0]):
+            rests, prefix = [rest for _, rest in run], self._prefix(tokens)
+            alike = common_beginning(rests) if self.shares and len(rests) > 1 else 0
+            prefix = compute_prefix(self.model, rests[0][:alike], prefix)
+            suffixes += [rest[alike:] for rest in rests]
+            prefixes += [prefix] * len(rests)
+        return suffixes, prefixes
 
     def _walk(self, job: Job) -> Any:
         if self._grammars is None:
@@ -161,6 +183,10 @@ class TransformersEngine:
 def prepare(config: EngineConfig) -> str:
     """Find the model without loading it; returns its revision. InputError names a model that is not there."""
     revision = model_revision(config)
+    if not has_chat_template(config):
+        raise InputError(f"engine.model: {config.model} has no chat template; use an instruction-tuned model")
+    if config.model != "smollm2":
+        _check_known(config)
     if config.tensor_parallel > 1:
         _sharding(config)
     return revision
@@ -190,16 +216,33 @@ def build(config: EngineConfig, seat: Seat | None = None) -> TransformersEngine:
     images = sees_images(config)
     loader: Any = AutoModelForImageTextToText if images else AutoModelForCausalLM
     how: dict[str, Any] = {"distributed_config": _sharding(config)} if table is not None else {}
-    model: Any = loader.from_pretrained(folder, dtype=getattr(torch, dtype), **how).eval()
+    try:
+        model: Any = loader.from_pretrained(folder, dtype=getattr(torch, dtype), **how).eval()
+        processor = AutoProcessor.from_pretrained(folder) if images else None
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"engine.model: {config.model} cannot be loaded: {_told(error)}") from error
     if table is None:
         model = model.to("cuda" if cuda else "cpu")
         if not images:
             use_grouped_attention(model)
-    processor = AutoProcessor.from_pretrained(folder) if images else None
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    if tokenizer.chat_template is None and (processor is None or processor.chat_template is None):
-        raise InputError(f"engine.model: {config.model} has no chat template; use an instruction-tuned model")
+    if processor is not None and processor.chat_template is None:  # some models have it with their tokenizer only
+        processor.chat_template = tokenizer.chat_template
     return TransformersEngine(model, tokenizer, config, processor, table)
+
+
+def _check_known(config: EngineConfig) -> None:
+    """InputError where the installed transformers has no code for the model."""
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(str(model_folder(config)), trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"engine.model: {config.model} cannot be loaded: {_told(error)}") from error
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _sharding(config: EngineConfig) -> Any:

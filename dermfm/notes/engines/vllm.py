@@ -13,12 +13,10 @@ from typing import Any
 from cluster.replicas import ReplicaLost
 from dermfm.config import InputError, short_hash
 from dermfm.notes.engines.folders import bytes_of_weights, model_folder, model_revision, sees_images
-from dermfm.notes.engines.pictures import chat, data_url
+from dermfm.notes.engines.pictures import IMAGE_SIDE, chat, data_url
 from dermfm.notes.engines.protocol import EngineConfig, Generation, Request
 from dermfm.notes.engines.schema import decodable, most_tokens, settle
 from dermfm.notes.engines.seat import Seat
-
-IMAGE_SIDE = 1536  # longer images are made smaller; the model's processor cuts them further
 
 
 class VllmEngine:
@@ -81,10 +79,9 @@ def llm_arguments(config: EngineConfig) -> dict[str, Any]:
 
 def prepare(config: EngineConfig) -> str:
     """Find package and model without loading either; returns the model's revision."""
-    revision = model_revision(config)
-    if importlib.util.find_spec("vllm") is None:
+    if importlib.util.find_spec("vllm") is None:  # said before a model is downloaded for it
         raise InputError('engine.kind: vllm is not installed; pip install "dermfm[vllm]", on machines with GPUs')
-    return revision
+    return model_revision(config)
 
 
 def takes_images(config: EngineConfig) -> bool:

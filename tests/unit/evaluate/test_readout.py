@@ -1,4 +1,4 @@
-"""Read-outs are the fusion's own weights, hits are what a ruler gives, and attributes are read as they are written."""
+"""Read-outs are the model's own weights, hits are what a ruler gives, and attributes are read as they are written."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ from dermfm.evaluate.readout import (
     fusion_maps,
     read_outs,
     score_read_out,
+    word_maps,
 )
+from dermfm.model.decoder import Decoder, DecoderConfig
 from dermfm.model.fusion import Fusion, FusionConfig, masked_mean
 
 DEPTH, HEADS, TOKENS, CELLS, WIDTH = 2, 2, 5, 9, 8
@@ -33,7 +35,7 @@ class Towers(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         config = FusionConfig(depth=DEPTH, heads=HEADS, width=WIDTH)
-        self.config = SimpleNamespace(fusion=config)
+        self.config = SimpleNamespace(fusion=config, decoder=DecoderConfig(depth=0))
         self.fusion, self.match_head = Fusion(config, WIDTH, WIDTH), nn.Linear(WIDTH, 1)
         self.seen, self.read = torch.randn(2, CELLS, WIDTH), torch.randn(2, TOKENS, WIDTH)
 
@@ -87,10 +89,53 @@ def test_gradient_read_outs_are_weights_times_what_a_change_of_the_weight_does_t
     assert float(maps[row, 0, 2, 4]) == pytest.approx(max(slope * moved["weight"], 0), abs=1e-6)
 
 
-def test_a_fusion_without_attention_has_nothing_to_read():
-    model = SimpleNamespace(fusion=nn.Identity(), config=SimpleNamespace(fusion=SimpleNamespace(kind="late")))
+class Writer(Towers):
+    """The same with a decoder over the same image tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config.decoder = DecoderConfig(depth=DEPTH, heads=HEADS, width=WIDTH)
+        self.decoder = Decoder(self.config.decoder, WIDTH, 11, TOKENS, 2, 3)
+
+
+def test_a_decoder_s_read_outs_follow_the_fusion_s_and_belong_to_the_token_that_is_predicted():
+    model, lengths = Writer(), torch.tensor([5, 3])
+    tokens = torch.tensor([[2, 5, 6, 7, 3], [2, 8, 3, 0, 0]])
+    maps, names = word_maps(model, torch.zeros(2), tokens, lengths), read_outs(model)
+    assert maps.shape == (len(names), 2, TOKENS, CELLS)
+    assert [r.part for r in names] == ["fusion"] * (len(names) // 2) + ["decoder"] * (len(names) // 2)
+    plain = maps[names.index(ReadOut(0, 1, False, "decoder"))]
+    assert not plain[:, 0].any()
+    torch.testing.assert_close(plain[0, 1:].sum(-1), torch.ones(4))  # weights of each position that predicts
+    torch.testing.assert_close(plain[1, 1:3].sum(-1), torch.ones(2))
+
+
+def test_a_pass_with_maps_costs_what_captioning_does():
+    model, lengths = Writer().double(), torch.tensor([5, 3])
+    tokens = torch.tensor([[2, 5, 6, 7, 3], [2, 8, 3, 0, 0]])
+    image = model.seen.double()
+    loss, weights = model.decoder.with_maps(image, tokens, lengths)
+    torch.testing.assert_close(loss, model.decoder(image, tokens, lengths, torch.ones(2))[0], rtol=1e-6, atol=0)
+    assert [w.shape for w in weights] == [(2, HEADS, TOKENS - 1, CELLS)] * DEPTH
+
+
+def test_a_decoder_s_gradient_read_out_rises_where_a_cell_makes_the_word_likelier():
+    """The last block's weight of a cell is moved a little in one head: only its own position's word changes."""
+    model, lengths = Writer(), torch.tensor([5, 5])
+    tokens = torch.tensor([[2, 5, 6, 7, 3], [2, 8, 9, 4, 3]])
+    image = model.seen.clone().requires_grad_()
+    loss, weights = model.decoder.with_maps(image, tokens, lengths)
+    (slope,) = torch.autograd.grad(-loss, weights[-1])
+    maps = word_maps(model, torch.zeros(2), tokens, lengths)
+    row = read_outs(model).index(ReadOut(DEPTH - 1, 1, True, "decoder"))
+    torch.testing.assert_close(maps[row, :, 1:], (weights[-1] * slope).clamp(min=0)[:, 1].detach())
+    assert (maps[row, :, 1:] > 0).any(-1).all()
+
+
+def test_a_model_without_attention_has_nothing_to_read():
+    config = SimpleNamespace(fusion=SimpleNamespace(kind="late"), decoder=DecoderConfig(depth=0))
     with pytest.raises(ValueError, match="late"):
-        fusion_maps(model, torch.zeros(1), torch.zeros(1), torch.ones(1))
+        word_maps(SimpleNamespace(config=config), torch.zeros(1), torch.zeros(1), torch.ones(1))
 
 
 @pytest.mark.parametrize(("side", "cells"), [(12, 4), (10, 4), (7, 3), (3, 5)])

@@ -114,3 +114,21 @@ def test_a_source_without_notes_is_named():
         NotesConfig(records="r", out="o", of="shuffled")
     with pytest.raises(ValueError, match="share: 'shuffled' needs all notes"):
         NotesConfig(records="r", out="o", strategies=["shuffled"], share=[0, 2])
+
+
+def test_controls_without_the_notes_that_they_are_made_of_are_refused(tmp_path):
+    settings = NotesConfig(records="r", out=str(tmp_path), strategies=["shuffled"])
+    with pytest.raises(InputError, match=r"of: .* no notes of 'narrative' .*holds none at all"):
+        controls.check_source(settings)
+    notes, _ = tables(["a", "b"], [0, 1])
+    store.write_part(tmp_path, 0, notes.to_pylist())
+    controls.check_source(settings)
+    with pytest.raises(InputError, match=r"no notes of 'narative' .* did you mean 'narrative'"):
+        controls.check_source(NotesConfig(records="r", out=str(tmp_path), strategies=["shuffled"], of="narative"))
+    controls.check_source(NotesConfig(records="r", out=str(tmp_path), strategies=["template"], of="narative"))
+
+
+def test_a_folder_that_cannot_be_is_told_as_such(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"file/part-00000\.parquet: cannot be written"):
+        store.write_part(tmp_path / "file", 0, [])

@@ -6,11 +6,17 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from dermfm.notes.engines.decode import Prefix, Sampling, can_share_prefixes, compute_prefix, decode
+from dermfm.notes.engines.decode import (
+    EMPTY,
+    Sampling,
+    can_share_prefixes,
+    common_beginning,
+    compute_prefix,
+    decode,
+)
 from dermfm.notes.engines.grouped import NAME, use_grouped_attention
 
 STOP = [2]
-EMPTY = Prefix(0, None)
 SHAPE = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
 SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 2, "eos_token_id": 2, "bos_token_id": 1}
 
@@ -51,22 +57,41 @@ def test_shared_prefixes_of_different_lengths_change_nothing(model):
     assert found == [alone(model, beginnings[k % 2] + row, 12) for k, row in enumerate(rows)]
 
 
-def test_attention_without_copies_for_every_query_head_gives_the_same_tokens(model):
-    grouped = LlamaForCausalLM(LlamaConfig(**SHAPE, initializer_range=0.4)).eval()
-    grouped.load_state_dict(model.state_dict())
-    use_grouped_attention(grouped)
-    assert grouped.config._attn_implementation == NAME
-    rows, beginnings = prompts(8), [[5, 6, 7, 8, 9, 10, 11], [20, 21, 22]]
-    computed = [compute_prefix(grouped, b) for b in beginnings]
-    found = decode(grouped, rows, [computed[k % 2] for k in range(8)], greedy(8), STOP, 12)
-    assert found == [alone(model, beginnings[k % 2] + row, 12) for k, row in enumerate(rows)]
-    assert [alone(grouped, row, 6) for row in rows] == [alone(model, row, 6) for row in rows]
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_rows_that_ask_a_shared_beginning_together_get_the_same_tokens(kv_heads):
+    torch.manual_seed(1)
+    config = {**SHAPE, "num_key_value_heads": kv_heads, "initializer_range": 0.4}
+    plain, ours = (LlamaForCausalLM(LlamaConfig(**config)).eval() for _ in range(2))
+    ours.load_state_dict(plain.state_dict())
+    use_grouped_attention(ours)
+    assert ours.config._attn_implementation == NAME
+    rows, beginnings = prompts(9), [[5, 6, 7, 8, 9, 10, 11], [20, 21, 22], []]
+    computed = [compute_prefix(ours, b[3:], compute_prefix(ours, b[:3])) for b in beginnings]
+    chosen = [0, 0, 0, 1, 1, 2, 2, 1, 0]  # neighbours with the same, none at all, and one that comes again
+    expected = [alone(plain, beginnings[c] + row, 16) for c, row in zip(chosen, rows, strict=True)]
+    stop = [2, expected[0][3], expected[4][5]]  # so that rows leave
+    found = decode(ours, rows, [computed[c] for c in chosen], greedy(9), stop, 16)
+    for got, full in zip(found, expected, strict=True):
+        end = next((k + 1 for k, token in enumerate(full) if token in stop), len(full))
+        assert got == full[:end]
+    assert len({len(got) for got in found}) > 1
+    assert [alone(ours, row, 6) for row in rows] == [alone(plain, row, 6) for row in rows]
 
 
-def test_a_model_whose_heads_have_keys_of_their_own_keeps_its_attention():
-    plain = LlamaForCausalLM(LlamaConfig(**{**SHAPE, "num_key_value_heads": 4}))
-    use_grouped_attention(plain)
-    assert plain.config._attn_implementation == "sdpa"
+def test_a_beginning_that_goes_on_leaves_the_shorter_one_as_it_was(model):
+    short = compute_prefix(model, [5, 6, 7])
+    long = compute_prefix(model, [8, 9], short)
+    assert (short.length, long.length) == (3, 5)
+    assert decode(model, [[4]], [short], greedy(1), STOP, 6) == [alone(model, [5, 6, 7, 4], 6)]
+    assert decode(model, [[4]], [long], greedy(1), STOP, 6) == [alone(model, [5, 6, 7, 8, 9, 4], 6)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "alike"),
+    [([[1, 2, 3, 4], [1, 2, 3, 5], [1, 2, 3, 4, 6]], 3), ([[1, 2], [1, 2, 3]], 1), ([[7], [7]], 0), ([[1, 2], [3]], 0)],
+)
+def test_what_rows_begin_with_alike_leaves_each_of_them_a_token(rows, alike):
+    assert common_beginning(rows) == alike
 
 
 def test_rows_that_end_leave_the_batch_and_the_others_go_on_unchanged(model):

@@ -15,6 +15,7 @@ from PIL import Image
 from dermfm.config import InputError, to_yaml
 from dermfm.notes.engines.openai import OpenAIEngine, _retry_after
 from dermfm.notes.engines.protocol import EngineConfig, Request, ServerConfig, prepare_engine
+from dermfm.notes.write import generate_surely
 
 KEY = "sk-a-very-secret-key"
 SCHEMA = {"type": "object", "properties": {"border": {"enum": ["sharp", "indistinct"]}}}
@@ -251,3 +252,10 @@ def test_a_missing_key_or_server_is_told_at_the_start(server, monkeypatch):
     server.close()
     with pytest.raises(InputError, match="cannot be reached"):
         prepare_engine(config(server))
+
+
+def test_a_key_that_is_refused_in_the_middle_stops_the_job_and_no_note_is_to_blame(server):
+    server.script = lambda number, body: (401, {}, json.dumps({"error": {"message": f"bad key {KEY}"}}))
+    with pytest.raises(InputError, match=r"refuses the key in \$NOTES_KEY \(401\)") as error:
+        generate_surely(OpenAIEngine(config(server)), asked(4))
+    assert KEY not in str(error.value)

@@ -86,6 +86,57 @@ def test_an_image_changes_the_answer_and_its_neighbours_do_not(seeing, pictures)
     assert greedy == together[0]
 
 
+def test_requests_with_and_without_an_image_share_a_call(seeing, pictures):
+    requests = [asked("what is it " * (1 + k % 3), image=pictures[0] if k % 2 else None) for k in range(6)]
+    together = [a.text for a in seeing.generate(requests)]
+    assert together == [seeing.generate([r])[0].text for r in requests]
+    assert len(set(together)) > 3
+
+
+def test_a_template_that_stands_with_the_tokenizer_only_serves_conversations_with_images(tiny, tmp_path, pictures):
+    folder = tiny.write_tiny_vlm(tmp_path / "vlm")
+    expected = build_engine(EngineConfig(model=str(folder), max_new_tokens=4))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").unlink()
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template}))
+    prepare_engine(EngineConfig(model=str(folder)))
+    found = build_engine(EngineConfig(model=str(folder), max_new_tokens=4))
+    requests = [asked("what is it", image=pictures[0])]
+    assert found.generate(requests) == expected.generate(requests)
+
+
+def test_a_large_photograph_reaches_the_model_at_a_bounded_size(seeing, tmp_path, monkeypatch):
+    Image.new("RGB", (4000, 3000), "red").save(tmp_path / "phone.jpg")
+    shown = []
+    monkeypatch.setattr(seeing.processor, "apply_chat_template", lambda chats, **_: shown.append(chats) or {})
+    picture_inputs(seeing.processor, [asked("?", image=str(tmp_path / "phone.jpg"))])
+    assert shown[0][0][-1]["content"][0]["image"].size == (1536, 1152)
+
+
+def test_a_model_that_knows_no_conversations_is_refused_before_it_is_loaded(tiny, tmp_path):
+    folder = tiny.write_tiny_llm(tmp_path / "llm")
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(InputError, match="has no chat template; use an instruction-tuned model"):
+        prepare_engine(EngineConfig(model=str(folder)))
+
+
+def test_a_model_that_transformers_does_not_know_is_refused_before_it_is_loaded(tiny, tmp_path):
+    folder = tiny.write_tiny_llm(tmp_path / "llm")
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, "model_type": "lamma"}))
+    with pytest.raises(InputError, match=r"engine\.model: .*llm cannot be loaded: .*lamma"):
+        prepare_engine(EngineConfig(model=str(folder)))
+
+
+def test_weights_that_end_too_early_are_told_in_one_line(tiny, tmp_path):
+    folder = tiny.write_tiny_llm(tmp_path / "llm")
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(InputError, match=r"engine\.model: .*llm cannot be loaded: SafetensorError"):
+        build_engine(EngineConfig(model=str(folder)))
+
+
 def test_images_of_unequal_size_share_a_batch_and_their_pixels_reach_the_model(tiny, tmp_path):
     folder = tiny.write_tiny_tiling_vlm(tmp_path / "tiling")
     engine = build_engine(EngineConfig(model=str(folder), max_new_tokens=8, batch_size=4))

@@ -85,7 +85,13 @@ def test_examples_show_only_facts_that_the_record_has(record):
         ("fields: [modality", "fields: [modalities", "did you mean 'modality'"),
         ("label_access: given", "label_access: blind", "label-blind prompt may not see"),
         ("; {{ diagnosis }};", "; {{ diagnoses }};", r"\.yaml: .*'diagnoses' is undefined; .* the facts .*diagnosis"),
-        ("; {{ diagnosis }};", "; {{ findings }};{{ label }}", r"\.yaml: .*'label' is undefined; .* the facts .*image"),
+        ("; {{ diagnosis }};", "; {{ findings }};", r"\.yaml: .*'findings' is undefined; .* the facts .*image"),
+        ("fields: [modality, age, sex,", "fields: [modality,", "see 'age'"),
+        (
+            "; {{ diagnosis }};",
+            "; {{ diagnosis }};{{ label }}",
+            r"\.yaml: .*'label' is undefined; .* the facts .*image",
+        ),
         ("site: back, ", "", "see 'site'"),
         ("version:", "versoin:", "unknown key 'versoin'"),
     ],
@@ -109,3 +115,8 @@ def test_an_unknown_strategy_names_the_nearest_one(tmp_path):
     shutil.copy(PROMPTS / "narrative.yaml", tmp_path)
     with pytest.raises(InputError, match="did you mean 'narrative'"):
         find_strategies(["narative"], str(tmp_path))
+
+
+def test_a_folder_of_prompts_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"prompts: no folder .*nowhere"):
+        find_strategies(["narrative"], str(tmp_path / "nowhere"))

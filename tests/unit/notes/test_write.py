@@ -114,6 +114,23 @@ def test_too_many_errors_stop_the_job(records_file, tmp_path, monkeypatch):
         synthesize(settings, plan, table)
 
 
+def test_a_part_is_leased_in_equal_pieces(records_file, tmp_path, monkeypatch):
+    class Counting(Scripted):
+        def generate(self, requests):
+            sizes.append(len(requests))
+            return super().generate(requests)
+
+    sizes: list[int] = []
+    monkeypatch.setattr(job, "prepare_engine", lambda config: "1")
+    monkeypatch.setattr(job, "NoteWriter", lambda config, repair: NoteWriter(config, engine=Counting(GOOD)))
+    keys = {"records": str(records_file()), "out": str(tmp_path / "notes"), "strategies": ["narrative"]}
+    once = EngineConfig(attempts=1)
+    settings = NotesConfig(**keys, ray="never", lease=7, part_size=16, engine=once)
+    plan, table = plan_notes(settings)
+    synthesize(settings, plan, table)
+    assert sizes == [5, 5, 6, 7, 7]  # 30 notes: parts of 16 and 14
+
+
 def test_a_refusal_is_a_fault_and_no_text(item):
     row = written(item, Generation("I cannot help with that.", refused=True))
     assert (row["source"], row["faults"], row["error"]) == ("template", ["refusal"], None)
