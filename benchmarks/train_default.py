@@ -42,7 +42,7 @@ TOLERANCE = 0.02  # of the first losses: each side draws the notes that its imag
 
 def configuration() -> TrainConfig:
     """The configuration that both sides are built from."""
-    return load(TrainConfig, CONFIG, ["run=-", "shards=-"])
+    return load(TrainConfig, CONFIG, ["run=none", "shards=none"])
 
 
 class Objectives(nn.Module):
