@@ -32,12 +32,35 @@ QUICK = [
 ]
 
 
+def write_encoder(folder: Path) -> None:
+    """A note encoder of the atlas's few words, without weights: it learns with the rest."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import BertConfig, PreTrainedTokenizerFast
+
+    from dermfm.records.atlas_lesion import COLOURS, STRUCTURES
+
+    said = " ".join(["asymmetric symmetric sharp indistinct mixed border . , ; -", *COLOURS, *STRUCTURES])
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *sorted(set(said.replace("-", " - ").split()))]
+    tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    BertConfig(
+        vocab_size=len(names), hidden_size=128, num_hidden_layers=2, num_attention_heads=4, intermediate_size=512,
+        max_position_embeddings=64,
+    ).save_pretrained(folder)  # fmt: skip
+
+
 def train(out: Path, quick: bool) -> None:
     """The chain as far as the checkpoint; what is done is kept."""
     from dermfm.config import load
     from dermfm.pipeline import PipelineConfig
     from launch.demo import run_job
 
+    if not (out / "encoder" / "config.json").is_file():  # its last file
+        write_encoder(out / "encoder")
     changes = [f"out={out}", *(QUICK if quick else [])]
     config = load(PipelineConfig, "configs/atlas-truth.yaml", changes)
     for job in JOBS:
