@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
 import socket
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -70,9 +72,24 @@ def join(address: str) -> None:
 
     try:
         _knock(address)
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        with _same_sigterm():
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, RuntimeError, ValueError) as error:
         raise RayError(f"no Ray cluster answers at '{address}': {str(error).splitlines()[0]}") from error
+
+
+@contextmanager
+def _same_sigterm() -> Iterator[None]:
+    """What SIGTERM does stays what it is: Ray's core would dump a stack and abort, with nothing put in order."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _knock(address: str) -> None:
@@ -111,15 +128,16 @@ def _init_local(num_cpus: int | None) -> str:
 
     folder = tempfile.mkdtemp(prefix="dermfm-ray-", dir="/tmp" if os.path.isdir("/tmp") else None)  # sockets: short
     try:
-        ray.init(
-            address="local",
-            num_cpus=num_cpus,
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            _temp_dir=folder,
-        )
+        with _same_sigterm():
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _temp_dir=folder,
+            )
     except BaseException:
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)

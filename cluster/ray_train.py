@@ -260,7 +260,7 @@ def _rank(job: dict[str, Any]) -> None:
         return
     os.chdir(job["folder"])
     stop = StopFlag()
-    with _heard(board, stop):
+    with _heard(board, stop, process):
         code = job["main"](process, stop, lambda code: ray.get(board.settle.remote(code)))
     if code not in (DONE, RESUMABLE):
         raise RuntimeError("this rank has ended with the failure of another one")
@@ -290,7 +290,7 @@ class _Speech(io.TextIOBase):
 
 
 @contextlib.contextmanager
-def _heard(board: Any, stop: StopFlag) -> Iterator[None]:
+def _heard(board: Any, stop: StopFlag, process: Process) -> Iterator[None]:
     """For the length of the block this process's prints go to the board, and a stop from there sets `stop`."""
     import ray
 
@@ -298,6 +298,8 @@ def _heard(board: Any, stop: StopFlag) -> Iterator[None]:
         name = ray.get(board.exchange.remote(said))
         if name and not stop:
             stop.ask(name)
+            if process.is_first:  # whoever asked sees that it has arrived: the step border may be a while away
+                print(f"{name} has come; stopping after this step")
 
     def listen() -> None:
         while not over.wait(POLL_S):

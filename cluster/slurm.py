@@ -12,6 +12,20 @@ from pathlib import Path
 CALL_S = 60.0
 DIRECTIVE = "#SBATCH --"
 REMEDY = "run this on a login node of the cluster, or give --dry-run to see the script"
+# What sbatch says where it refuses a script → what to do about it, in the words of a submission.
+REMEDIES = {
+    "node configuration is not available|More processors|Node count": (
+        "no node here gives all that is asked for ({asked}); lower cpus=, memory=, gpus=, nodes=, or name a partition="
+    ),
+    "feature specification": "constraint= names features of nodes; sinfo -o '%N %f' lists them",
+    "node name": "directives.nodelist= and directives.exclude= name nodes; sinfo -N lists them",
+    "account": "account= names an account that may use this partition; sacctmgr show associations lists yours",
+    "qos|QOS": "qos= names a quality of service; sacctmgr show qos lists them",
+    "--time|time limit": "time= is minutes (90), 24:00:00 or 2-12:00:00, within the partition's limit (sinfo -o %l)",
+    "--mem": "memory= is written as 64G, a node's",
+    "unrecognized option": "directives.<name>= takes options of sbatch; sbatch --help lists them",
+}
+ASKED = ("nodes", "ntasks", "ntasks-per-node", "cpus-per-task", "gpus-per-node", "mem", "partition", "nodelist")
 # What the parts of `scontrol show job` are called here.
 FIELDS = {"JobState": "state", "Reason": "reason", "Restarts": "restarts", "NodeList": "nodes", "RunTime": "run_time"}
 
@@ -60,7 +74,17 @@ def submit(script: Path, after: int | None = None) -> int:
 
 def check(script: Path) -> str:
     """What `sbatch --test-only` says of a script; SlurmError with the reason where it would be refused."""
-    return _call("sbatch", "--test-only", str(script), with_errors=True)
+    try:
+        return _call("sbatch", "--test-only", str(script), with_errors=True)
+    except SlurmError as error:
+        told = next((remedy for said, remedy in REMEDIES.items() if re.search(said, str(error))), f"see {script}")
+        raise SlurmError(f"{error}; {told.format(asked=_asked(script))}") from error
+
+
+def _asked(script: Path) -> str:
+    """The resources in a script's directives, those that its template has by itself too."""
+    rows = re.findall(r'(?m)^#SBATCH --([\w-]+)="?(.*?)"?$', script.read_text(encoding="utf-8"))
+    return " ".join(f"--{name}={value}" for name, value in rows if name in ASKED)
 
 
 def job(job_id: int) -> dict[str, str]:
@@ -130,5 +154,6 @@ def _call(program: str, *arguments: str, with_errors: bool = False) -> str:
         ) from error
     if done.returncode:
         told = (done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}").splitlines()
+        told = [line for line in told if not line.startswith("Try ")] or told
         raise SlurmError(f"{program} refuses: {told[-1].removeprefix(program).lstrip(': ')}")
     return (done.stdout + done.stderr if with_errors else done.stdout).strip()

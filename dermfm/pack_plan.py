@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dermfm.config import InputError, canonical_json, check_range, check_share, key, nearest, short_hash
-from dermfm.notes.store import read_notes
+from dermfm.notes.store import done_parts, read_notes
 from dermfm.records.table import SPLITS, read_records
 from shards.manifest import FILE_NAME
 
@@ -95,6 +95,13 @@ def make_plan(config: ShardsConfig) -> Plan:
     }
     counts = _known_counts(Path(config.out), identity) or _count_shards(records, sizes, config.shard_bytes)
     return Plan(records, notes, root, identity, spread(records, counts), sizes)
+
+
+def check_inputs(config: ShardsConfig) -> None:
+    """InputError where the records cannot be read, or the folder of notes holds none; no image is looked at."""
+    read_records(config.records)
+    if config.notes and not done_parts(config.notes):
+        raise InputError(f"{config.notes}: holds no part-*.parquet; `dermfm notes out={config.notes}` makes them")
 
 
 def group_notes(folder: str | None, records: pa.Table) -> NotesByRecord:

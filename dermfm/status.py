@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from dermfm.journal import JOURNAL, journal
 from dermfm.progress import duration
 from dermfm.run import check_free
 
-ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "SUCCEEDED", "STOPPED", "ended")
-BAD = ("FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
+ALIVE = ("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "REQUEUED")
+BAD = ("FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "BOOT_FAIL", "DEADLINE")
+ENDED = (*BAD, "COMPLETED", "SUCCEEDED", "STOPPED", "ended")
 
 
 @dataclass(kw_only=True)
@@ -89,6 +91,16 @@ def cancel(config: CancelConfig, dry_run: bool) -> None:
         print(f"{folder}: all {len(entries)} submissions have ended")
 
 
+def check_idle(folder: Path, jobs: Iterable[str]) -> None:
+    """InputError where one of these jobs was submitted for the folder before and waits or runs."""
+    for entry in _known(folder, jobs):
+        if entry["state"] in ALIVE:
+            raise InputError(
+                f"{folder}: {entry['job']} is in work here already ({entry['scheduler']} job {entry['id']}, "
+                f"{entry['state']}); wait for it, end it with dermfm cancel {folder}, or give another folder"
+            )
+
+
 def progress(folder: Path) -> str | None:
     """Step, speed and time left of a training run, from its metrics.jsonl; None where there is none."""
     rows = metrics.read_rows(folder / "metrics.jsonl")
@@ -109,10 +121,10 @@ def progress(folder: Path) -> str | None:
     return f"{told}; {state}; last line {duration(age)} ago"
 
 
-def _known(folder: Path) -> list[dict[str, Any]]:
-    """The newest submission of each job, with state, restarts and place."""
+def _known(folder: Path, jobs: Iterable[str] | None = None) -> list[dict[str, Any]]:
+    """The newest submission of each job, or of each of `jobs`, with state, restarts and place."""
     newest = {entry["job"]: entry for entry in journal(folder)}
-    return [_seen(entry) for entry in newest.values()]
+    return [_seen(entry) for job, entry in newest.items() if jobs is None or job in jobs]
 
 
 def _seen(entry: dict[str, Any]) -> dict[str, Any]:

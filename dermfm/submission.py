@@ -10,14 +10,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster import slurm
-from dermfm.config import InputError, check_range, key, short_hash, to_yaml
+from dermfm.config import InputError, check_range, key, nearest, short_hash, to_yaml
 from dermfm.journal import note
-from dermfm.pipeline import JOBS as CHAIN_JOBS
-from dermfm.pipeline import PipelineConfig
 from shards.files import file_sha256, write_text
+
+if TYPE_CHECKING:
+    from dermfm.pipeline import PipelineConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("launch", "cluster", "dermfm", "shards", "configs", "slurm")
@@ -58,7 +59,7 @@ class SlurmConfig:
     warn_s: int = key(120, "seconds before the time limit at which the job is told to stop")
     setup: list[str] = key([], "shell lines that run first, as they are (module load cuda)")
     container: str | None = key(None, "Apptainer image that holds Python and the packages")
-    directives: dict[str, str] = key({}, "further sbatch options by name: {reservation: weekend}")
+    directives: dict[str, str | None] = key({}, "further sbatch options: {reservation: weekend, exclusive: null}")
 
     def __post_init__(self) -> None:
         for name in ("nodes", "array"):
@@ -260,9 +261,20 @@ def own_keys(schema: type) -> tuple[str, ...]:
     return tuple(f.name for f in dataclasses.fields(schema))
 
 
+def check_words(schema: type, site: type, words: Sequence[str]) -> None:
+    """InputError for a `key=value` that is no key of the job, with the nearest one of the job's or the scheduler's."""
+    valid = [f.name for f in dataclasses.fields(schema)]
+    for word in words:
+        name = word.split("=")[0].split(".")[0]
+        if name not in valid:
+            raise InputError(f"command line: unknown key '{name}'; {nearest(name, [*valid, *own_keys(site)])}")
+
+
 def chain(config: PipelineConfig) -> dict[str, Any]:
     """The jobs of a chain in their order, each with its own configuration."""
-    return {job: getattr(config, job) for job in CHAIN_JOBS}
+    from dermfm.pipeline import JOBS  # all jobs' modules, torch with them: not for those who submit one
+
+    return {job: getattr(config, job) for job in JOBS}
 
 
 def site_of(job: str, site: SlurmConfig, in_chain: bool) -> SlurmConfig:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dermfm.records.build import RecordsConfig, build_records
+from dermfm.records.build import RecordsConfig, build_records, check_inputs
 from dermfm.records.summary import print_summary
 
 if TYPE_CHECKING:
@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 def schema(call: Call) -> type[RecordsConfig]:
     """The job's configuration."""
     return RecordsConfig
+
+
+def check(config: RecordsConfig, _: int) -> None:
+    """What the job would refuse at its start, for `submit`."""
+    check_inputs(config)
 
 
 def run(config: RecordsConfig, call: Call) -> int:

@@ -22,6 +22,11 @@ def schema(call: Call) -> type[ReportConfig]:
     return ReportConfig
 
 
+def check(config: ReportConfig, _: int) -> None:
+    """What the job would refuse at its start, for `submit`."""
+    write_report(config, dry_run=True)
+
+
 def run(config: ReportConfig, call: Call) -> int:
     """Write the page, 0 when done."""
     path = write_report(config, dry_run=call.dry_run)

@@ -17,7 +17,7 @@ from typing import Any
 from dermfm.add_notes import AddNotesConfig, add_notes
 from dermfm.config import InputError, key
 from dermfm.pack import pack, verify
-from dermfm.pack_plan import ShardsConfig
+from dermfm.pack_plan import ShardsConfig, check_inputs
 from dermfm.progress import track
 from shards.foreign import index_folder
 from shards.manifest import Manifest
@@ -52,6 +52,11 @@ SCHEMAS: dict[str | None, type] = {
 def schema(call: Any) -> type:
     """The configuration of the verb."""
     return SCHEMAS[call.verb]
+
+
+def check(config: ShardsConfig, _: int) -> None:
+    """What packing would refuse at its start, for `submit`."""
+    check_inputs(config)
 
 
 def run(config: Any, call: Any) -> int:

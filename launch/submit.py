@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 from cluster import ray_job, slurm
 from dermfm import submission
-from dermfm.config import load
+from dermfm.config import InputError, load
 from dermfm.journal import note
 from dermfm.run import check_free
+from dermfm.status import check_idle
 from dermfm.submission import RayConfig, SlurmConfig
 
 if TYPE_CHECKING:
@@ -46,7 +47,12 @@ def run(site: Any, call: Call) -> int:
     target = call.target
     assert target is not None
     job = target.job
-    config = load(importlib.import_module(f"launch.{job}").schema(target), target.config, target.overrides)
+    left = target.verb or ("--report" if target.report else None)
+    if left:
+        raise InputError(f"submit: '{job} {left}' cannot be submitted; submit '{job}', and run that here")
+    own = importlib.import_module(f"launch.{job}").schema(target)
+    submission.check_words(own, SCHEMAS[str(call.verb)], target.overrides)
+    config = load(own, target.config, target.overrides)
     if call.verb == "ray":
         return submit_ray(job, config, site, call.dry_run)
     parts = {job: config} if job != "demo" else submission.chain(config)
@@ -62,10 +68,11 @@ def submit_slurm(parts: dict[str, Any], site: SlurmConfig, root: Path | None, dr
                 settings = submission.settings_of(job, config, own, name_in_chain(job, root))
                 print(submission.render(job, own, settings, Path(folder), "slurm-"))
         return 0
-    if root is None:
+    if root is None and "dependency" not in site.directives:  # else its inputs may still be made
         job, config = next(iter(parts.items()))
         check(job, config, submission.world_of(job, site))
     slurm.check_site(site.partition, site.gpus, site.array)
+    check_idle((root or submission.folder_of(*next(iter(parts.items())))).absolute(), parts)
     after = None
     ready = [
         submission.prepare(job, config, submission.site_of(job, site, root is not None), root, name_in_chain(job, root))
@@ -101,6 +108,7 @@ def submit_ray(job: str, config: Any, site: RayConfig, dry_run: bool) -> int:
     if not dry_run:
         check(job, config, 1)
         ray_job.check(site.address)
+        check_idle(folder.absolute(), [job])
     told = submission.ray_command(job, config, site, folder, dry_run)
     if dry_run:
         print(told.command)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dermfm.config import REQUIRED, InputError, check_choice, check_range, key, short_hash, to_dict
+from dermfm.config import REQUIRED, InputError, check_choice, check_range, key, nearest, short_hash, to_dict
 from dermfm.records.adapters import ADAPTERS
 from dermfm.records.csvtable import looks_like, read_text
 from dermfm.records.duplicates import HASH_BITS, Looks, duplicate_pairs, looks_of
@@ -83,6 +83,17 @@ def resolved_sources(config: RecordsConfig) -> list[SourceConfig]:
         if not inherited["layout"]:
             raise InputError(f"layout is required{_hint(inherited['table'])}; one of {', '.join(ADAPTERS)}")
     return sources
+
+
+def check_inputs(config: RecordsConfig) -> None:
+    """InputError where a table or folder of images that the settings name is not there; nothing is read."""
+    for source in resolved_sources(config):
+        for name in ("table", "images", "split_tables"):
+            path = Path(getattr(source, name) or ".")
+            if not path.exists():
+                beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+                hint = nearest(path.name, beside) if beside else f"the folder {path.parent} does not exist or is empty"
+                raise InputError(f"{name}: {path} does not exist; {hint}")
 
 
 def _hint(table: str) -> str:

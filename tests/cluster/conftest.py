@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,32 @@ assert _spec.loader is not None
 _world = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_world)
 
-for _name, _value in PATIENT.items():  # also for clusters that a test starts by Ray's own means
+# Also for clusters that a test starts by Ray's own means; and Ray's workers are no less than what else keeps a machine
+# busy (their niceness is 15 by default, with which they hardly come to anything beside it).
+for _name, _value in {**PATIENT, "RAY_worker_niceness": "0"}.items():
     os.environ.setdefault(_name, _value)
 config_values, environment = _world.config_values, _world.environment
 shard_folder, text_tower = _world.shard_folder, _world.text_tower
+
+
+@pytest.fixture
+def patient_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nodes of `ray.cluster_utils` have minutes to come up: Ray's own 30 s are few for a busy machine."""
+    from ray._private import services
+
+    ask = services.get_node
+
+    def ask_on(*arguments: Any) -> Any:
+        end = time.monotonic() + float(PATIENT["RAY_raylet_start_wait_time_s"])
+        while True:
+            try:
+                return ask(*arguments)
+            except RuntimeError:  # it is not there yet
+                if time.monotonic() > end:
+                    raise
+            time.sleep(0.5)
+
+    monkeypatch.setattr(services, "get_node", ask_on)
 
 
 @pytest.fixture(scope="module")

@@ -45,14 +45,7 @@ class Nodes:
         self.second = self._join()
 
     def _join(self) -> Any:
-        """A node more. Ray gives one 30 s to start, which a busy machine may not keep: another one is tried then."""
-        for left in (2, 1, 0):
-            try:
-                return self.cluster.add_node(num_cpus=1, object_store_memory=100_000_000)
-            except Exception as error:  # Ray raises a bare Exception
-                if "timed out during startup" not in str(error) or not left:
-                    raise
-        raise AssertionError
+        return self.cluster.add_node(num_cpus=1, object_store_memory=100_000_000)
 
     def kill_actor(self, chance: random.Random) -> bool:
         """SIGKILL to one actor process of these two nodes; False where none is up."""
@@ -76,7 +69,7 @@ def _title(process: psutil.Process) -> str:
 
 
 @pytest.fixture
-def nodes(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Nodes]:
+def nodes(root: Path, monkeypatch: pytest.MonkeyPatch, patient_nodes: None) -> Iterator[Nodes]:
     monkeypatch.setenv("PYTHONPATH", str(root))
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     found = Nodes()

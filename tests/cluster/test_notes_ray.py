@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,23 @@ def test_an_address_where_no_cluster_answers_is_told():
 
 @pytest.fixture(scope="module")
 def cluster():
-    """An own cluster for all tests of this file, ended behind them."""
+    """An own cluster for all tests of this file, ended behind them; SIGTERM means to it what it means to a job."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     with ray_session(num_cpus=2):
         yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_a_job_that_has_joined_ray_still_hears_a_scheduler_that_ends_it(cluster):
+    """Ray's own handlers, of Python and of its core, would end it without a word, or with a stack."""
+
+    def be_told() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+    with pytest.raises(KeyboardInterrupt):
+        be_told()
 
 
 def _square_worker() -> type:

@@ -158,7 +158,7 @@ def test_training_sent_to_a_cluster_survives_a_killed_rank_and_a_cancel_and_ends
         frozen = freeze_a_rank(cluster, own, job, log, starts=2)
         assert status(own)["restarts"] == "1"
         assert main(["cancel", str(own)]) == 0
-        time.sleep(5)  # the stop is on its way; it decides nothing: 30 steps and more are left
+        await_line(job, log, "SIGTERM has come; stopping after this step")
         frozen.resume()
         assert job.wait(timeout=900) == 75, log.read_text()
     finally:
@@ -191,6 +191,13 @@ def status(run: Path) -> dict[str, str]:
     """What the job server says of the run's last submission."""
     job = json.loads((run / "jobs.jsonl").read_text().splitlines()[-1])
     return ray_job.state(job["address"], job["id"])
+
+
+def await_line(job: subprocess.Popen[bytes], log: Path, text: str) -> None:
+    """Until the followed log has this text; the job must be there so long."""
+    while text not in log.read_text():
+        assert job.poll() is None, log.read_text()
+        time.sleep(0.1)
 
 
 def freeze_a_rank(cluster: int, run: Path, job: subprocess.Popen[bytes], log: Path, starts: int) -> psutil.Process:

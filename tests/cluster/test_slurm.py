@@ -52,7 +52,9 @@ def test_a_job_told_to_stop_is_requeued_and_ends_with_the_weights_of_an_uninterr
 
 def test_what_cannot_work_is_refused_at_submission_and_nothing_is_queued(shards, tmp_path):
     words = ("train", *bed.SMALL, f"run={tmp_path / 'r'}", f"shards={shards}")
-    cases = {"nodess=2": "nodess", "partition=cy": "may be ci", "gpus=4": "have 2", "array=2": "cannot be cut"}
+    cases = {"nodess=2": "mean 'nodes'", "partition=cy": "may be ci", "gpus=4": "have 2", "array=2": "cannot be cut"}
+    cases |= {"cpus=99": r"--cpus-per-task=99\); lower cpus=", "time=soon": "time= is minutes"}
+    cases |= {"cpus=1 directives.holdd=": r"option '--holdd'; directives\.<name>= takes"}
     for wrong, told in {**cases, "nodes=3 tasks_per_node=1": "contrastive_batch"}.items():
         done = bed.dermfm("submit", "slurm", *words, *wrong.split())
         assert done.returncode == 2, wrong
@@ -64,6 +66,16 @@ def test_what_cannot_work_is_refused_at_submission_and_nothing_is_queued(shards,
     assert "another process works in this folder" in done.stderr
     queued = subprocess.run(["squeue", "--noheader"], capture_output=True, text=True, check=True).stdout
     assert queued.strip() == ""
+
+
+def test_a_job_that_waits_for_a_folder_is_the_only_one_of_its_kind_there(shards, small_records, tmp_path):
+    words = ("submit", "slurm", "shards", f"records={small_records}", f"out={tmp_path / 's'}", "cpus=1")
+    assert bed.dermfm(*words, "directives.hold=").returncode == 0
+    again = bed.dermfm(*words)
+    assert (again.returncode, again.stderr.count("\n")) == (2, 1)
+    assert re.search(r"shards is in work here already \(slurm job \d+, PENDING\); .* dermfm cancel", again.stderr)
+    assert "is cancelled" in bed.dermfm("cancel", str(tmp_path / "s")).stdout
+    assert bed.end(bed.submit(*words[2:]))["state"] == "COMPLETED"
 
 
 @pytest.mark.parametrize("name", ["train", "notes", "shards", "evaluate", "pipeline"])

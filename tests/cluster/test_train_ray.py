@@ -68,7 +68,7 @@ def test_ranks_are_in_one_group_and_what_the_first_prints_is_printed_here(cluste
     assert not (tmp_path / "notes").exists()
 
 
-def test_a_stop_reaches_the_ranks_and_ends_the_run_with_75(cluster, tmp_path):
+def test_a_stop_reaches_the_ranks_is_told_at_once_and_ends_the_run_with_75(cluster, tmp_path, capsys):
     began = tmp_path / "began"
 
     def main(process: Process, stop: StopFlag, verdict: Verdict) -> int:
@@ -86,6 +86,7 @@ def test_a_stop_reaches_the_ranks_and_ends_the_run_with_75(cluster, tmp_path):
     threading.Thread(target=ask, daemon=True).start()
     assert run_on_ray(main, ranks(1), tmp_path / "notes") == 75
     assert began.read_text() == "SIGUSR1"
+    assert "SIGUSR1 has come; stopping after this step" in capsys.readouterr().out
 
 
 def test_a_verdict_ends_the_run_with_its_code_and_the_ranks_do_not_work_again(cluster, tmp_path):
@@ -190,7 +191,7 @@ def kill_a_rank(job: subprocess.Popen[str], run: Path) -> None:
 
 
 @pytest.fixture
-def two_nodes(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def two_nodes(root: Path, monkeypatch: pytest.MonkeyPatch, patient_nodes: None) -> Iterator[Any]:
     """A cluster of this machine whose head has one CPU, to which nodes come and go."""
     from ray.cluster_utils import Cluster
 

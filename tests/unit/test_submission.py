@@ -159,8 +159,11 @@ def test_an_unknown_key_job_or_scheduler_is_one_line_and_exit_code_2(capsys):
     for words, told in {
         "submit": "valid: ray, slurm",
         "submit slurm tran": "did you mean 'train'?",
-        "submit slurm train run=r shards=s nodess=2": "unknown key 'nodess'",
+        "submit slurm train run=r shards=s nodess=2": "unknown key 'nodess'; did you mean 'nodes'?",
+        "submit slurm shards recods=r": "unknown key 'recods'; did you mean 'records'?",
         "submit slurm train run=r shards=s nodes=0": "it must be at least 1",
+        "submit slurm shards add-notes out=s": "'shards add-notes' cannot be submitted",
+        "submit slurm notes --report out=s records=r": "'notes --report' cannot be submitted",
         "submit ray plan run=r shards=s": "valid: ",
         "submit ray train run=r shards=s --dry-run": "give ray.workers=N",
     }.items():
@@ -209,6 +212,26 @@ def test_frozen_code_is_imported_in_a_folder_that_has_packages_of_the_same_names
         )
         assert done.returncode == 0, done.stderr
         assert "Exit codes" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (
+            "records layout=generic images={0} table={0}/tabel.csv out={0}/r.parquet",
+            "tabel.csv does not exist; did you mean",
+        ),
+        ("shards records={0}/r.parquet out={0}/s", "r.parquet: no such file"),
+        ("report run={0}/r", "is not a folder"),
+    ],
+)
+def test_inputs_that_are_not_there_are_found_at_submission_and_not_in_the_queue(words, told, tmp_path, capsys):
+    (tmp_path / "table.csv").write_text("a,b\n")
+    assert main(["submit", "slurm", *words.format(tmp_path).split()]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert told in said
+    assert [path.name for path in tmp_path.iterdir()] == ["table.csv"]
 
 
 def test_a_machine_without_slurm_is_one_line_with_the_remedy_and_nothing_is_written(tmp_path, monkeypatch, capsys):
