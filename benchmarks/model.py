@@ -97,7 +97,7 @@ class Engine:
         """One phase of the model under bf16 autocast."""
         import torch
 
-        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        with torch.autocast("cpu", torch.bfloat16):
             return self.module(phase, **inputs)
 
     def backward(self, loss: Any, scale_wrt_gas: bool = False) -> None:
@@ -193,7 +193,7 @@ def open_clip_step(sizes: Sizes) -> Callable[[], None]:
     pixels, tokens = pixels_of(sizes), torch.from_numpy(tokens_of(sizes)[0])
 
     def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        with torch.autocast("cpu", torch.bfloat16):
             out = model((pixels.float() - 128) / 64, tokens)
             wanted = ("image_features", "text_features", "logits", "labels", "logit_scale")
             sum(loss_of(**{name: out[name] for name in wanted})).backward()
@@ -211,7 +211,7 @@ def text_pass(sizes: Sizes, packed: bool) -> Callable[[], None]:
     tokens, lengths = (torch.from_numpy(x) for x in tokens_of(sizes))
 
     def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        with torch.autocast("cpu", torch.bfloat16):
             tower(tokens, lengths)[1].float().square().sum().backward()
         tower.zero_grad(set_to_none=True)
 
@@ -236,7 +236,7 @@ def maps(sizes: Sizes) -> Callable[[], None]:
     pixels, (tokens, lengths) = pixels_of(sizes), (torch.from_numpy(x) for x in tokens_of(sizes))
 
     def step() -> None:
-        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
             model.fuse(model.encode_image(pixels)[1], model.encode_text(tokens, lengths)[1], lengths, True)
 
     return step
