@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import shlex
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -97,7 +98,7 @@ def check_idle(folder: Path, jobs: Iterable[str]) -> None:
         if entry["state"] in ALIVE:
             raise InputError(
                 f"{folder}: {entry['job']} is in work here already ({entry['scheduler']} job {entry['id']}, "
-                f"{entry['state']}); wait for it, end it with dermfm cancel {folder}, or give another folder"
+                f"{entry['state']}); wait for it, end it with dermfm cancel {shlex.quote(str(folder))}, or give another folder"
             )
 
 

@@ -12,6 +12,7 @@ folder, and SLURM's script with it: submit.sbatch can be submitted again by hand
 from __future__ import annotations
 
 import importlib
+import shlex
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,7 +84,7 @@ def submit_slurm(parts: dict[str, Any], site: SlurmConfig, root: Path | None, dr
     for one in ready:
         after = submission.queue(one, after)
         print(f"{one.job}: SLURM job {after}, {one.script}")
-    print(f"watch it with: dermfm status {ready[0].folder}")
+    print(f"watch it with: dermfm status {shlex.quote(str(ready[0].folder))}")
     return 0
 
 
@@ -119,5 +120,6 @@ def submit_ray(job: str, config: Any, site: RayConfig, dry_run: bool) -> int:
     try:
         return ray_job.follow(site.address, number)
     except KeyboardInterrupt:
-        print(f"\n{job} goes on; dermfm status {folder}, and dermfm cancel {folder} ends it", flush=True)
+        name = shlex.quote(str(folder))
+        print(f"\n{job} goes on; dermfm status {name}, and dermfm cancel {name} ends it", flush=True)
         return 0

@@ -112,7 +112,7 @@ def page_values(study: Study) -> dict[str, Any]:
     """Everything that the template shows."""
     external = external_of(study)
     return {
-        "title": study.folder.resolve().name,
+        "title": study.folder.absolute().name,
         "tiers": [tier_values(study, tier, external) for tier in tiers_of(study)],
         "external": external,
         "atlas": all(r["scope"].startswith(ATLAS) for r in study.rows if r["scope_kind"] == "dataset"),
