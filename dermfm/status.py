@@ -98,8 +98,8 @@ def check_idle(folder: Path, jobs: Iterable[str]) -> None:
         if entry["state"] in ALIVE:
             raise InputError(
                 f"{folder}: {entry['job']} is in work here already ({entry['scheduler']} job {entry['id']}, "
-                f"{entry['state']}); wait for it, end it with dermfm cancel {shlex.quote(str(folder))}, or give another "
-                "folder"
+                f"{entry['state']}); wait for it, end it with dermfm cancel {shlex.quote(str(folder))}, or give "
+                "another folder"
             )
 
 
