@@ -251,7 +251,7 @@ def in_turn_with(sides: InTurn, arguments: list[str]) -> int:
 
     setattr(job, "_batches", sides.batches)  # noqa: B010, its signature is wider
     code = dermfm_main(["train", *arguments])
-    if os.environ["RANK"] == "0":
+    if code == 0 and os.environ["RANK"] == "0":
         sides.write()
     return code
 

@@ -53,6 +53,7 @@ class Objectives(nn.Module):
         config = configuration()
         torch.manual_seed(config.seed)
         self.model, self.weights = DermFM(config.model).train(), config.objectives
+        self.chance = torch.Generator().manual_seed(config.seed)  # of its own: all loops draw the same notes
 
     def forward(self, batch: Batch) -> Tensor:
         """The loss of this rank's part; its mean over ranks is the step's."""
@@ -77,11 +78,8 @@ class Objectives(nn.Module):
         everyone = [torch.empty_like(batch.tokens) for _ in range(dist.get_world_size())]
         dist.all_gather(everyone, batch.tokens)
         others = logits.scatter(1, own[:, None], -torch.inf)
-        drawn = torch.multinomial(others.softmax(1), 1).squeeze(1)
-        tokens, lengths = (
-            torch.cat(everyone)[drawn],
-            batch.lengths,
-        )  # every note has as many tokens, see `waiting_batch`
+        drawn = torch.multinomial(others.softmax(1), 1, generator=self.chance).squeeze(1)
+        tokens, lengths = torch.cat(everyone)[drawn], batch.lengths  # all notes are as long, see `waiting_batch`
         states = self.model("text", tokens=tokens, lengths=lengths)["tokens"]
         return self.model("fuse", image_tokens=image_tokens, text_tokens=states, lengths=lengths)["match"]
 
@@ -117,6 +115,7 @@ def train(folder: Path, world: int, num_steps: int, bare: str, first_core: int =
     arguments = [
         f"run={out / 'run'}", f"shards={folder / 'shards'}", f"epochs={num_steps * batch / NUM_SAMPLES}",
         f"contrastive_batch={batch}", "checkpoint_every=1000000000", "validation.every=-1", "threads=1", "device=cpu",
+        "balance=0",  # the batch waits in memory
     ]  # fmt: skip
     told = ["rank", bare, str(out / "rates.json"), str(CONFIG), *arguments]
     run(world, *told, script=__file__, first_core=first_core)

@@ -11,7 +11,7 @@ from typing import Any
 from dermfm import compute, memory, simulate
 from dermfm.config import check_range, key
 from dermfm.memory import Sharding
-from dermfm.model import mlp
+from dermfm.model import lean
 from dermfm.model.summary import Part
 from dermfm.plan import Plan, TrainConfig, arithmetic, check_notes, plan
 from dermfm.storage import remote
@@ -97,7 +97,7 @@ def measure(config: TrainConfig, world: int, p: Plan) -> Sizes:
     prepare = functools.partial(compute.recompute_activations, parts=config.activation_checkpointing)
     tokens, size = config.model.text.max_tokens, config.model.image.size
     model = simulate.build(config.model, config.zero.precision, prepare)
-    with simulate.fake_group(1), mlp.kept(config.zero.stage == 3):
+    with simulate.fake_group(1), lean.kept(config.zero.stage == 3):
         count = min(p.num_micro, 2) * p.micro_batch
         traced = simulate.trace_step(model, config.objectives, count, p.micro_batch, tokens, size)
     with simulate.fake_group(world):

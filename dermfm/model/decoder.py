@@ -16,8 +16,7 @@ from dermfm.config import check_choice, check_range, key
 from dermfm.losses.tokens import token_cross_entropy
 from dermfm.model.attention import KERNELS, Packing, is_fake, pack, repack
 from dermfm.model.fusion import Attention
-from dermfm.model.lean import move_into
-from dermfm.model.mlp import mlp
+from dermfm.model.lean import mlp, move_into
 
 
 @dataclass(kw_only=True)

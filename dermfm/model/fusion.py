@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from dermfm.config import check_choice, check_range, key
 from dermfm.model.attention import KERNELS, Packing, attention, attention_packed, attention_with_weights
-from dermfm.model.lean import move_into
-from dermfm.model.mlp import mlp
+from dermfm.model.lean import mlp, move_into
 
 KINDS = ("cross", "early", "late", "none")
 

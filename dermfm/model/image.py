@@ -18,8 +18,7 @@ from dermfm.model.bodies import (
     token_shape,
     use_fused_attention,
 )
-from dermfm.model.lean import use_lean_blocks
-from dermfm.model.mlp import use_lean_mlps
+from dermfm.model.lean import use_lean_blocks, use_lean_mlps
 from dermfm.model.pooling import AttentionPool
 
 __all__ = ["ImageConfig", "ImageTower", "check_name"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import time
 from collections import Counter
@@ -75,6 +76,7 @@ class Pace:
         return self._board
 
 
+@functools.cache
 def _keep_full_disks_quiet() -> None:
     """Let the thread that writes TensorBoard's files end without a traceback where a disk is full."""
     before = threading.excepthook

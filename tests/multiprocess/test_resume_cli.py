@@ -21,7 +21,7 @@ from dermfm.run import take_lock
 from launch.cli import main
 from shards.manifest import Manifest, write_manifest
 
-pytestmark = pytest.mark.timeout(480)
+pytestmark = pytest.mark.timeout(240)
 STOPPED = 4
 
 
@@ -33,7 +33,7 @@ def first_run(config_values, environment, tmp_path_factory) -> tuple[dict[str, A
     config = folder.with_name("train.yaml")
     config.write_text(json.dumps(values))  # JSON is YAML
     command = [sys.executable, "-m", "launch.cli", "train", str(config)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "started in" in done.stdout
     return values, folder

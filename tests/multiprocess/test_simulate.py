@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from dermfm import compute, simulate
 from dermfm.config import InputError
-from dermfm.model import mlp
+from dermfm.model import lean
 from dermfm.model.dermfm import DermFM, ModelConfig
 from dermfm.model.fusion import FusionConfig
 from dermfm.model.image import ImageConfig
@@ -78,7 +78,7 @@ def test_saved_bytes_without_data_are_those_that_autograd_holds_with_data(name, 
     image, size, text, precision = CONFIGS[name]
     config = model_config(text_tower, image, size, **text)
     # Whoever looks at what a recomputed perceptron holds has it computed: so none is recomputed here.
-    with simulate.fake_group(1), mlp.kept(True):
+    with simulate.fake_group(1), lean.kept(True):
         traced = simulate.trace_step(simulate.build(config, precision), OBJECTIVES, BATCH, BATCH, TOKENS, size)
         monkeypatch.setattr(simulate, "Unsharded", HeldAtBackward)
         model = DermFM(config).train().to(simulate.DTYPES[precision])
@@ -93,7 +93,7 @@ def test_perceptrons_that_compute_their_activation_again_hold_its_bytes_less(tex
     config = model_config(text_tower, "test_vit", 64, train_blocks=0)
     saved = {}
     for keeps in (True, False):
-        with simulate.fake_group(1), mlp.kept(keeps):
+        with simulate.fake_group(1), lean.kept(keeps):
             model = simulate.build(config, "fp32")
             saved[keeps] = simulate.trace_step(model, OBJECTIVES, BATCH, BATCH, TOKENS, 64).saved
     hidden = sum(m.fc1.out_features for m in model.modules() if isinstance(m, timm.layers.Mlp))

@@ -22,12 +22,12 @@ def figures(*arguments: str) -> dict[str, float]:
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(6 * 3600)
 def test_a_trained_model_knows_where_colours_are_and_writes_what_was_drawn(tmp_path):
-    """The model of configs/atlas-truth.yaml, whose reports reach their goal of .9; its maps stay below theirs of .8."""
+    """The goals of configs/atlas-truth.yaml. Its head says which of them have been reached; the maps have not."""
     found = figures("--run", str(tmp_path / "run"))
-    assert found["colour word on its colour, pairs of colours"] >= 0.7
-    assert found["colour word on its colour, lesions"] >= 0.6
-    assert found["reports, F1 of all"] >= 0.88
+    assert found["colour word on its colour, pairs of colours"] >= 0.8
+    assert found["colour word on its colour, lesions"] >= 0.8
+    assert found["reports, F1 of all"] >= 0.9
     assert found["reports, F1 of colours"] >= 0.9
     assert found["own note over a random one"] >= 0.93
