@@ -43,8 +43,9 @@ class Gradients:
         self._norms: list[Tensor] = []
         optimizer = engine.optimizer
         if hasattr(optimizer, BY_GROUP[0]):
-            for name in BY_GROUP:
-                setattr(optimizer, name, self._listen(getattr(optimizer, name)))
+            direct, offloaded = (getattr(optimizer, name) for name in BY_GROUP)
+            setattr(optimizer, BY_GROUP[0], self._listen(lambda grads, params: direct(_as_norms(grads), params)))
+            setattr(optimizer, BY_GROUP[1], self._listen(offloaded))
         else:
             if isinstance(optimizer, torch.optim.Optimizer):  # float32: gradients lie at the parameters
                 engine.allreduce_gradients, engine.clip_fp32_gradients = self._average_and_clip, lambda: None
@@ -122,6 +123,16 @@ class Gradients:
             return None if self._is_bad([float(n) for n in self._norms]) else step(*arguments, **named)
 
         return stepped
+
+
+def _as_norms(gradients: list[Tensor]) -> list[Tensor]:
+    """Float32 gradients in host memory as numbers of the same norms: DeepSpeed would copy each to float64 first."""
+    return [
+        torch.dot(g.reshape(-1), g.reshape(-1)).sqrt()
+        if g.device.type == "cpu" and g.dtype == torch.float32 and not getattr(g, "_zero_padding", False)
+        else g  # also what only fills up the last rank's share: DeepSpeed knows it by a mark
+        for g in gradients
+    ]
 
 
 @torch.no_grad()
