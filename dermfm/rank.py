@@ -101,8 +101,17 @@ def write_logs(log: Path, process: Process) -> None:
     terminal = logging.StreamHandler(sys.stdout)
     terminal.setLevel(logging.INFO if process.is_first else logging.WARNING)
     terminal.setFormatter(logging.Formatter("%(message)s" if process.is_first else f"rank {process.rank}: %(message)s"))
-    # Python prints a traceback once, on its way out; what is `quiet` is for the file alone.
-    terminal.addFilter(lambda entry: entry.exc_info is None and not getattr(entry, "quiet", False))
+    terminal.addFilter(_is_for_people)
     file = logging.FileHandler(log)
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[terminal, file])
+
+
+def _is_for_people(entry: logging.LogRecord) -> bool:
+    """Whether a log entry goes to the terminal, too; the file has all.
+
+    Python prints a traceback once, on its way out. Below a warning, what no named logger says is chatter of packages:
+    commands of a compiler, for one.
+    """
+    nameless = entry.name == "root" and entry.levelno < logging.WARNING
+    return entry.exc_info is None and not getattr(entry, "quiet", False) and not nameless
