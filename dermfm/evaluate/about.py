@@ -58,6 +58,7 @@ def describe(
             "chance": "classification: always the scope's most frequent class; retrieval: a random order of the pool",
             "intervals": {"level": 0.95, "method": "percentile bootstrap of groups within data sets"}
             | {"resamples": config.resamples, "seed": config.seed},
+            "views": config.views,
             "precision": config.precision,
             "batch_size": config.batch_size,
             "versions": _versions(),

@@ -36,6 +36,7 @@ from dermfm.evaluate.source import (
     untrained_heads,
 )
 from dermfm.evaluate.tasks import score
+from dermfm.evaluate.views import over_views
 from dermfm.storage import remote
 from shards.manifest import Manifest
 
@@ -73,6 +74,11 @@ class Subject:
     model: Any
     unable: dict[str, str]
 
+    def seen_in(self, views: int) -> Subject:
+        """The same whose image encoder averages over symmetric views; fused passes and reports see the plain one."""
+        encoders = dataclasses.replace(self.encoders, image=over_views(self.encoders.image, views))
+        return dataclasses.replace(self, encoders=encoders)
+
 
 def make_plan(config: EvaluateConfig) -> Plan:
     """Resolve what is scored. InputError or ShardError for a run without checkpoint, missing shards, an empty split."""
@@ -101,9 +107,10 @@ def evaluate(config: EvaluateConfig, ranks: Ranks | None = None, device: str = "
     trained = _trained_datasets(plan.manifest)
     scored_names = sorted(set(read.datasets[np.isin(read.splits, config.splits)]))
     protocol = resolve_roles(config.protocol, scored_names, trained)
-    subject = together(ranks, functools.partial(load_subject, config, plan.source, device))
+    subject = together(ranks, functools.partial(load_subject, config, plan.source, device)).seen_in(config.views)
     compute = Compute(device, config.precision, config.batch_size, config.num_workers)
-    site = Site(plan.manifest, plan.cache, [subject.encoders.identity or plan.source.identity], compute, ranks)
+    identity = [subject.encoders.identity or plan.source.identity, *([config.views] if config.views > 1 else [])]
+    site = Site(plan.manifest, plan.cache, identity, compute, ranks)
     num_scored = int(np.isin(read.splits, config.splits).sum())
     embedded = embed_all(subject.encoders, read, plan.splits, num_scored, config.eval_strategies, site)
     asked = dataclasses.replace(config, tasks=[t for t in config.tasks if t not in subject.unable] or config.tasks)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from dermfm.config import check_choice, check_range, key
 from dermfm.evaluate.fairness import SUBGROUPS
 from dermfm.evaluate.shift import ProtocolConfig
+from dermfm.evaluate.views import VIEWS
 from dermfm.storage import CacheConfig
 
 TASKS = (
@@ -56,6 +57,9 @@ class EvaluateConfig:
     text_information: bool = key(
         True, "how much the notes tell about the label, by a bag of words (needs a train split)"
     )
+    views: int = key(
+        1, "mirrored and turned views of an image whose embeddings and probabilities are averaged: 1, 2, 4 or 8"
+    )
     batch_size: int = key(32, "images or texts in one forward pass")
     num_workers: int = key(0, "loader processes a rank (0: one background thread)")
     precision: str = key("fp32", "forward passes in fp32 or bf16")
@@ -67,6 +71,7 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         check_choice("precision", self.precision, ("fp32", "bf16"))
         check_choice("device", self.device, ("auto", "cpu", "cuda"))
+        check_choice("views", str(self.views), map(str, VIEWS))
         check_range("batch_size", self.batch_size, 1)
         check_range("num_workers", self.num_workers, 0)
         check_range("ranks", self.ranks, 0, 4096)
