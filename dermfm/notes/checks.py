@@ -15,7 +15,8 @@ strict side. Faults are strings "kind", "kind: about" or "kind: about (term)"; t
   contradiction: FACT    a given fact is contradicted
   self-contradiction     two statements of the note exclude each other
   unsupported: WHAT      something is said that no given fact supports: age, sex, site, size, symptom, history,
-                         treatment, appearance, diagnosis, malignancy, number, other
+                         treatment, appearance, diagnosis, malignancy, other; "other" is the residual kind: it is named
+                         only of a sentence with which nothing else is wrong
 """
 
 from __future__ import annotations
@@ -27,13 +28,19 @@ from dataclasses import dataclass
 from dermfm.notes import claims as said
 from dermfm.notes.claims import WORD, normalise, phrases_of, sentences, states_phrase, without
 from dermfm.notes.facts import APPEARANCE, Facts, split_words, terms
-from dermfm.notes.invented import personal_details, unsupported
+from dermfm.notes.invented import class_of_facts, personal_details, unsupported
+from dermfm.notes.talk import talk
 from dermfm.records.vocabulary import CLASS_CODES
 
 KINDS = (
     "empty", "refusal", "unfinished", "too long", "repetition", "option", "personal",
     "missing", "contradiction", "self-contradiction", "unsupported",
 )  # fmt: skip
+THESE = re.compile(r"\b(?:are|is|was|were|these|as|has|have)(?: \w+){0,3} $")
+OTHER_IMAGE = {
+    "dermoscopic": re.compile(r"\b(?:clinical(?:ly)?|macroscopic) (?:close-up )?(?:image|photo|picture)"),
+    "clinical": re.compile(r"\bderm(?:at)?oscop(?:[iey]|es?\b)\w*"),
+}
 OPPOSITE = {"symmetric": "asymmetric", "asymmetric": "symmetric"}
 BEHIND_AGE = r"(?=[,.;)]|$| (?:with|who|has|had|presents|presented|and)\b)"  # not "a woman, 3 papules on the arm"
 AGES = (
@@ -45,6 +52,12 @@ AGES = (
     ),
     re.compile(rf"\b(?:he|she|patient) (?:is|was) (\d{{1,3}}){BEHIND_AGE}"),
 )  # each with the number
+# "clinical" says nothing of a picture before these
+NO_PICTURE = (
+    r"(?!\w* (?:note|significan|issue|diagnos|history|context|correlation|trial|practice|relevance|concern|course|"
+    r"setting|"
+    r"management|decision|suspicion|dermatolog|record|trial|stud))"
+)
 HEADING = re.compile(r"\bmalignancy(?: status)?(?::| is| was)(?= (?:benign|pre|malignant))")  # it claims nothing itself
 
 
@@ -86,15 +99,15 @@ def examine(text: str, facts: Facts, rules: Rules = Rules()) -> list[Fault]:
     people = [personal_details(sentence) for sentence in sentences(text)]
     for place, (sentence, person) in enumerate(zip(sentences(text), people, strict=True)):
         plain = normalise(sentence)
-        is_talk = bool(person or said.found_words(plain, "refusals"))  # its odd words are names or the talk itself
+        is_talk = bool(person or talk(plain))  # its odd words are names or the talk itself
         found = [("contradiction", about, term) for about, term in _contradicted(plain, facts)]
         found = [f for f in found if not (is_talk and f[2].startswith("not "))]  # "I can't diagnose a nevus"
-        wrong = {word for _, _, term in found for word in WORD.findall(term)}
-        more = unsupported(plain, facts, rules.sees, is_talk)
-        found += [fault for fault in more if fault[1] != "other" or fault[2] not in wrong]
+        found += unsupported(plain, facts, rules.sees, is_talk)
         found += [("personal", about, term) for about, term in person]
         names = set(re.findall(r"\b[A-Z][a-z]+", sentence)) if any(people) else set()
-        faults += [Fault(k, a, t, place) for k, a, t in found if not (a == "other" and t.capitalize() in names)]
+        named = [f for f in found if f[1] != "other"]
+        rest = [f for f in found if f[1] == "other" and f[2].capitalize() not in names]
+        faults += [Fault(*fault, place) for fault in named or rest]
     return faults
 
 
@@ -102,9 +115,7 @@ def states(clean: str, name: str, facts: Facts) -> bool:
     """Whether the normalised text states the fact `name`, without a negation."""
     value = facts[name].lower()
     if name == "image":
-        stem = (
-            r"derm(?:at)?oscop" if value == "dermoscopic" else rf"{re.escape(value)}(?!\w* (?:note|significan|issue))"
-        )
+        stem = r"derm(?:at)?oscop" if value == "dermoscopic" else rf"{re.escape(value)}{NO_PICTURE}"
         return re.search(rf"\b{stem}", clean) is not None
     if name == "age":
         return value in ages(clean) or re.search(rf"\b{value}[- ]year", clean) is not None
@@ -129,9 +140,9 @@ def _states_word(clean: str, word: str, names: str, facts: Facts) -> bool:
 
 
 def _form_faults(clean: str, rules: Rules) -> Iterator[Fault]:
-    for phrase in dict.fromkeys(said.found_words(clean, "refusals")):
+    for phrase in dict.fromkeys(phrase for sentence in sentences(clean) for phrase in talk(sentence)):
         yield Fault("refusal", term=phrase)
-    if clean.rstrip("\"')")[-1:] not in (".", "!", "?"):
+    if clean.rstrip("\"')”’]")[-1:] not in (".", "!", "?"):
         yield Fault("unfinished")
     if len(WORD.findall(clean)) > rules.max_words:
         yield Fault("too long")
@@ -145,7 +156,7 @@ def _contradicted(clean: str, facts: Facts) -> Iterator[tuple[str, str]]:
     """(fact, term) of what the sentence says against the given facts."""
     if "diagnosis" in facts:
         yield from (("diagnosis", term) for term in _against_diagnosis(clean, facts["diagnosis"].lower()))
-    for claim in _malignancy_claims(clean, facts) if "malignancy" in facts else ():
+    for claim in _malignancy_of_it(clean, facts) if "malignancy" in facts else ():
         if (claim.group == facts["malignancy"]) == claim.negated:
             yield "malignancy", f"{'not ' * claim.negated}{claim.term}"
     for claim in said.claims(clean, "sex_names") if "sex" in facts else ():
@@ -162,8 +173,8 @@ def _contradicted(clean: str, facts: Facts) -> Iterator[tuple[str, str]]:
             if said.site_fault(match[0], facts["site"].lower()) == "contradiction" and not _is_idle(clean, match):
                 yield "site", match[0]
     if "image" in facts:
-        other = {"dermoscopic": r"\bclinical(?:ly)? (?:image|photo|picture)", "clinical": r"\bderm(?:at)?oscop"}
-        if (found := re.search(other[facts["image"]], clean)) is not None:
+        found = OTHER_IMAGE[facts["image"]].search(clean)
+        if found is not None and not said.is_negated(clean, found.start(), found.end()):
             yield "image", found[0]
     for name in ("asymmetry", "border"):
         if name in facts:
@@ -175,6 +186,12 @@ def _contradicted(clean: str, facts: Facts) -> Iterator[tuple[str, str]]:
             if claim.group == word and claim.negated:
                 yield "structures", f"not {claim.term}"
     yield from _against_findings(clean, facts)
+
+
+def _places(sentence: str) -> set[str]:
+    """The places on the body at which the sentence puts the lesion."""
+    found = said.places_pattern().finditer(said.without_idle(sentence))
+    return {m[0] for m in found if not _is_idle(sentence, m)}
 
 
 def _is_idle(clean: str, match: re.Match[str]) -> bool:
@@ -211,8 +228,7 @@ def _against_findings(clean: str, facts: Facts) -> Iterator[tuple[str, str]]:
 
 def class_of(diagnosis: str) -> str | None:
     """The class code of a plain diagnosis, by the first class name of the longest match in it; None if none."""
-    found = said.claims(diagnosis.lower(), "class_names")
-    return min(found, key=lambda c: (c.start, -len(c.term))).group if found else None
+    return class_of_facts({"diagnosis": diagnosis})
 
 
 def _malignancy_claims(clean: str, facts: Facts) -> list[said.Claim]:
@@ -223,7 +239,16 @@ def _malignancy_claims(clean: str, facts: Facts) -> list[said.Claim]:
     blank = re.sub(
         r"\b(?:benign|malignant|indeterminate) (?:\w+ ){0,3}proliferations?", lambda m: "_" * len(m[0]), blank
     )
-    return [claim for claim in said.claims(blank, "malignancy_names") if not claim.aside]
+    claims = [claim for claim in said.claims(blank, "malignancy_names") if not claim.aside]
+    return [c for c in claims if c.term != "cancers" or THESE.search(blank[: c.start])]  # else of cancers in general
+
+
+def _malignancy_of_it(sentence: str, facts: Facts) -> list[said.Claim]:
+    """The claims of one sentence about this lesion's malignancy: none where it speaks of other tumours in general."""
+    subject = said.general_subject(sentence)
+    if subject is not None and class_of(subject) not in (None, class_of(facts.get("diagnosis", ""))):
+        return []
+    return _malignancy_claims(sentence, facts)
 
 
 def _shape_claims(clean: str, facts: Facts, name: str) -> list[tuple[str, str]]:
@@ -248,8 +273,8 @@ def ages(clean: str) -> list[str]:
 def _own_contradictions(clean: str, facts: Facts) -> Iterator[str]:
     """What the note says two things about that cannot both be true, whatever the facts are."""
     parts = [without(sentence, said.names_of(facts)) for sentence in sentences(clean)]
-    held = {c.group for part in parts for c in _malignancy_claims(part, facts) if not c.negated}
-    denied = {c.group for part in parts for c in _malignancy_claims(part, facts) if c.negated}
+    held = {c.group for part in parts for c in _malignancy_of_it(part, facts) if not c.negated}
+    denied = {c.group for part in parts for c in _malignancy_of_it(part, facts) if c.negated}
     if len(held) > 1 or held & denied:
         yield "malignancy"
     named = [c for s in sentences(clean) for c in said.claims(s, "class_names") if not c.aside]
@@ -261,6 +286,8 @@ def _own_contradictions(clean: str, facts: Facts) -> Iterator[str]:
         yield "sex"
     if len(set(ages(clean))) > 1:
         yield "age"
+    if said.exclude_each_other({p for s in sentences(clean) for p in _places(s)}):
+        yield "site"
     for name in ("asymmetry", "border"):
         told = {group for part in parts for group, _ in _shape_claims(part, facts, name)}
         plain = {group for group in told if not group.startswith("not ")}

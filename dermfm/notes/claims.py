@@ -37,6 +37,20 @@ SHORTHAND = (
     (re.compile(r"\bi\.e\.(?=[ ,])"), "that is"),
     (re.compile(r"\be\.g\.(?=[ ,])"), "such as"),
     (re.compile(r"\b(squamous|basal)-cell\b"), r"\1 cell"),
+    (re.compile(r"\b(?:sex|gender): ?m\b"), "sex: male"),
+    (re.compile(r"\b(?:sex|gender): ?f\b"), "sex: female"),
+)
+TENS = {"twenty": 20, "thirty": 30, "forty": 40, "fifty": 50, "sixty": 60, "seventy": 70, "eighty": 80, "ninety": 90}
+ONES = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+AGE_IN_WORDS = re.compile(rf"\b({'|'.join(TENS)})(?:[- ]({'|'.join(ONES)}))?(?=[- ]years?[- ](?:old|of age))")
+MARKUP = re.compile(r"\*+|(?<!\w)#+ |(?<=\s)[•-] ")  # of Markdown; it carries no word
+# "Melanoma is a type of cancer that …": what such lesions are in general. "Melanoma is suspected" is about this one.
+GENERAL = re.compile(
+    r"(?:\W|in general, |generally, |skin |malignant |cutaneous )*(?P<name>(?!(?:the|this|that|an?|it|her|his|she|he|"
+    r"which)\b)[\w' -]+?) (?:(?:is|are) (?:an?|the most (?:common|frequent|serious|deadly|"
+    r"dangerous|aggressive)|one of|often|usually|typically|generally|commonly|rarely|common|rare|caused|more|less|"
+    r"known)|"
+    r"can|may|might|often|usually|typically|generally|commonly|tends?|develops?|arises?|occurs?|starts?|grows?) "
 )
 
 
@@ -57,7 +71,8 @@ class Claim:
 def normalise(text: str) -> str:
     """Lower case, single blanks, plain apostrophes and hyphens, shorthand written out: what all patterns expect."""
     plain = text.lower().replace("’", "'").replace("‑", "-").replace("–", "-")
-    plain = " ".join(plain.split())
+    plain = " ".join(MARKUP.sub("", plain).split())
+    plain = AGE_IN_WORDS.sub(lambda m: str(TENS[m[1]] + (ONES.index(m[2]) + 1 if m[2] else 0)), plain)
     for pattern, words in SHORTHAND:
         plain = pattern.sub(words, plain)
     return plain
@@ -72,7 +87,13 @@ def claims(clean: str, names: str) -> list[Claim]:
     """All terms of the group list `names` of `terms.yaml` in a normalised sentence, in reading order."""
     pattern, group_of = _pattern(names)
     return [
-        Claim(group_of[m[0]], m[0], m.start(), is_negated(clean, m.start(), m.end()), is_aside(clean, m.start()))
+        Claim(
+            group_of[m[0]],
+            m[0],
+            m.start(),
+            is_negated(clean, m.start(), m.end()),
+            is_aside(clean, m.start()) or is_general(clean, m.start(), m.end()),
+        )
         for m in pattern.finditer(clean)
     ]
 
@@ -99,6 +120,19 @@ def is_aside(clean: str, start: int) -> bool:
     """Whether words like "such as" or "history of" shortly before `start` keep the term from being a claim."""
     before = " ".join(re.split(r"[.!?;]\s", clean[:start])[-1].split()[-HEARSAY_REACH:])
     return _list_pattern("asides").search(before) is not None
+
+
+def is_general(clean: str, start: int, end: int) -> bool:
+    """Whether the term, without an article, begins a statement about all such lesions ("Melanoma is a cancer …")."""
+    first = max(clean.rfind(mark, 0, start) for mark in (". ", "! ", "? "))
+    found = GENERAL.match(clean, first + 2 if first >= 0 else 0)
+    return found is not None and found.start("name") <= start and found.end("name") == end
+
+
+def general_subject(clean: str) -> str | None:
+    """What a sentence speaks of in general; None where it speaks of something in particular."""
+    found = GENERAL.match(clean)
+    return found["name"] if found else None
 
 
 def _reach(clean: str, start: int, words: int) -> str:
@@ -169,6 +203,11 @@ def site_fault(word: str, given: str | None) -> str | None:
     return "unsupported" if set(own) & set(_line(word)) else "contradiction"
 
 
+def exclude_each_other(places: Iterable[str]) -> bool:
+    """Whether two of the named places lie in different regions of the body; neighbours within one may touch."""
+    return len({_line(place)[-1] for place in places}) > 1
+
+
 def split_places(site: str) -> list[str]:
     """The places that a site names: "head, neck or face" → head, neck, face."""
     plain = site.replace(" or ", ", ").replace("front of the ", "").replace("side of the ", "")
@@ -197,8 +236,9 @@ def places_pattern() -> re.Pattern[str]:
 
 
 def names_of(facts: Facts) -> list[str]:
-    """The given phrases whose own words ("cancer", "blue") claim nothing beyond them."""
-    return [facts[name] for name in ("findings", "diagnosis") if name in facts]
+    """The given phrases, and other ways to say the diagnosis, whose own words ("cancer", "blue") claim nothing more."""
+    given = [facts[name] for name in ("findings", "diagnosis") if name in facts]
+    return given + [way for name in given for way in terms()["same_diagnosis"].get(name.lower(), ())]
 
 
 @functools.cache

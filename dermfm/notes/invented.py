@@ -19,6 +19,12 @@ DURATION = re.compile(
     r"\b(?:\d+|several|many|few|two|three|four|five|six|ten|forty) (?:years?|months?|weeks?|days?)\b(?! old| of age)"
     rf"|\bsince (?:{MONTHS}|\d{{4}})\b"
 )
+LIST_MARK = re.compile(r"^\W*(?:\d{1,2}|[a-e])[.)]\s*|^\W*\d{1,2}\W*$")  # "1. Site: back"
+# What is planned or advised, against what was done
+PLAN = re.compile(
+    r"\b(?:recommend\w*|advi[sc]\w*|should|suggest\w*|plan(?:s|ned|ning)?|will|requires?|required|needs?|needed|warrant\w*|"
+    r"consider(?:ed)?|schedul\w*|indicated|necessary|must|ought|may|might|could|would|next|pending|encouraged|urged|offered|discussed)\b"
+)
 PERSONAL: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("name", re.compile(r"\b(?:Mr|Mrs|Ms|Miss|Dr|Prof)\b\.?|\bDear\b|\b[Nn]ame(?:d| is|:) [A-Z][a-z]+")),
     ("date", re.compile(
@@ -44,6 +50,7 @@ FULL_NAME = re.compile(
 ONE_NAME = re.compile(
     r"\b([A-Z][a-z]{2,}),? (?:(?:is|was|has been|aged?|an?|\() ?){1,2}\d{1,3}\b"
     r"|\b(?:[Pp]atient:?|Lady|Sir|named) ([A-Z][a-z]{2,})\b"
+    r"|^([A-Z][a-z]{2,}), (?:I|we|you)\b"
 )
 INITIAL = re.compile(r"\b[A-Z]\. ?([A-Z][a-z]{2,})\b")
 
@@ -69,14 +76,17 @@ def unsupported(clean: str, facts: Facts, sees: bool = False, is_talk: bool = Fa
         known |= set(terms()["age_bands"])
     if sees:
         known |= word_set("appearance_words")
+    if (code := class_of_facts(facts)) is not None:
+        known |= {word for way in terms()["entailed_words"][code] for word in WORD.findall(way)}
     explained = {word for _, term in told for word in WORD.findall(term)}
-    told += [("other", word) for word in _strange(clean, known | explained) if not is_talk]
-    yield from (("unsupported", about, term) for about, term in dict.fromkeys(told))
+    told += [("other", word) for word in _strange(clean, known | explained)]
+    told = [(about, term) for about, term in dict.fromkeys(told) if about != "other" or not is_talk]
+    yield from (("unsupported", about, term) for about, term in told)
 
 
 def _by_list(clean: str, facts: Facts) -> Iterator[tuple[str, str]]:
     """Sizes, symptoms, history and treatment: no fact of ours gives any, so each is unsupported, denied or not."""
-    blank = without(clean, said.names_of(facts))
+    blank = without(clean, [*said.names_of(facts), *terms()["idle_phrases"]])
     blank = re.sub(r"\b(?:large|small) (?:amount|number|part)s?\b", lambda m: "_" * len(m[0]), blank)
     for match in LENGTH.finditer(blank):
         yield "size", match[0]
@@ -85,7 +95,12 @@ def _by_list(clean: str, facts: Facts) -> Iterator[tuple[str, str]]:
             yield "history", match[0]
     for about in ("size", "symptom", "history", "treatment"):
         yield from ((about, term) for term in said.found_words(blank, f"{about}_words"))
+    planned = "treatment" if PLAN.search(clean) else "history"
+    yield from ((planned, term) for term in said.found_words(blank, "work_up_words"))
     yield from (("other", term) for term in said.found_words(blank, "general_talk"))
+    for claim in said.claims(blank, "alarm_names"):
+        if (facts.get("malignancy") or "benign") == "benign" and not (claim.negated and "malignancy" in facts):
+            yield "other", claim.term
 
 
 def _by_fact(clean: str, facts: Facts, sees: bool) -> Iterator[tuple[str, str]]:
@@ -127,7 +142,7 @@ def _without_other_places(clean: str, facts: Facts) -> str:
 
 def _appearance(clean: str, facts: Facts) -> Iterator[tuple[str, str]]:
     """What is said of the lesion's look beyond the given attributes; a structure said to be absent is no fault."""
-    blank = without(clean, said.names_of(facts))
+    blank = without(clean, [*said.names_of(facts), *terms()["idle_phrases"]])
     for name in ("asymmetry", "border"):
         if name not in facts:
             yield from (("appearance", c.term) for c in said.claims(blank, f"{name}_names"))
@@ -144,6 +159,7 @@ def _appearance(clean: str, facts: Facts) -> Iterator[tuple[str, str]]:
 
 
 def _strange(clean: str, known: frozenset[str] | set[str]) -> Iterator[str]:
+    clean = LIST_MARK.sub("", clean)
     for found in dict.fromkeys(WORD.findall(clean)):
         word = found.removesuffix("'s").rstrip(".")
         if word in known or word.removesuffix("s") in known or re.fullmatch(r"[a-d]|\d{1,3}-years?(-old)?", word):
@@ -152,11 +168,17 @@ def _strange(clean: str, known: frozenset[str] | set[str]) -> Iterator[str]:
             yield word
 
 
+def class_of_facts(facts: Facts) -> str | None:
+    """The class code of the given diagnosis; None where none is given or its class is not known by name."""
+    found = said.claims(facts.get("diagnosis", "").lower(), "class_names")
+    return min(found, key=lambda c: (c.start, -len(c.term))).group if found else None
+
+
 @functools.cache
 def _all_listed() -> frozenset[str]:
     """Words that another check judges: they are not strange, whatever that check says of them."""
     names = ("class_names", "malignancy_names", "sex_names", "asymmetry_names", "border_names", "colour_names")
-    listed = (*names, "structure_names", "negations", "side_words", "appearance_words")
+    listed = (*names, "structure_names", "alarm_names", "negations", "side_words", "appearance_words")
     places = {w for place in [*said.parents(), *said.parents().values()] for w in WORD.findall(place)}
     return frozenset(places.union(*(word_set(name) for name in listed)))
 

@@ -24,6 +24,7 @@ SETS = (
     "labelled_notes_closed.jsonl",
 )
 OF_THE_NOTE = ("refusal", "unfinished", "repetition", "self-contradiction", "personal")
+RESIDUAL = "unsupported: other"  # counts only where nothing else is wrong with the sentence
 ABOUT = ("site", "size", "symptom", "history", "treatment", "age", "sex", "appearance")
 
 
@@ -38,7 +39,8 @@ def said_and_found(note):
     text = " ".join(sentence["text"] for sentence in note["sentences"])
     labelled = {("missing", name) for name in note["missing"]} | {(kind, "note") for kind in note["note"]}
     for place, sentence in enumerate(note["sentences"]):
-        for fault in sentence["faults"]:
+        named = [fault for fault in sentence["faults"] if fault != RESIDUAL]
+        for fault in named or sentence["faults"]:
             kind, about = fault.split(": ")
             labelled |= {(kind, (place, about))} if kind == "contradiction" else {(kind, place), (fault, place)}
     found, overlap = set(), labelled_places(text, note)
