@@ -26,6 +26,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dermfm.notes import claims as said
+from dermfm.notes.ages import age_band, ages
 from dermfm.notes.claims import WORD, normalise, phrases_of, sentences, states_phrase, without
 from dermfm.notes.facts import APPEARANCE, Facts, split_words, terms
 from dermfm.notes.invented import class_of_facts, personal_details, unsupported
@@ -36,22 +37,16 @@ KINDS = (
     "empty", "refusal", "unfinished", "too long", "repetition", "option", "personal",
     "missing", "contradiction", "self-contradiction", "unsupported",
 )  # fmt: skip
+SITE_REACH = 3  # "not on the back"; in "rather than a nevus of the back" the nevus is denied
+PARTLY = re.compile(
+    r"\b(?:partly|partially|in part|in parts|in places|in some|on one side|elsewhere|in others|focally)\b"
+)
 THESE = re.compile(r"\b(?:are|is|was|were|these|as|has|have)(?: \w+){0,3} $")
 OTHER_IMAGE = {
     "dermoscopic": re.compile(r"\b(?:clinical(?:ly)?|macroscopic) (?:close-up )?(?:image|photo|picture)"),
     "clinical": re.compile(r"\bderm(?:at)?oscop(?:[iey]|es?\b)\w*"),
 }
 OPPOSITE = {"symmetric": "asymmetric", "asymmetric": "symmetric"}
-BEHIND_AGE = r"(?=[,.;)]|$| (?:with|who|has|had|presents|presented|and)\b)"  # not "a woman, 3 papules on the arm"
-AGES = (
-    re.compile(r"\b(\d{1,3})[- ]years?[- ]?olds?\b"),
-    re.compile(r"\b(\d{1,3}) years of age\b"),
-    re.compile(r"\baged?:? (?:of |is |was )?(\d{1,3})\b"),
-    re.compile(
-        rf"\b(?:man|woman|male|female|boy|girl|lady|gentleman)(?:,? of |, | \(|, aged? | )(\d{{1,3}}){BEHIND_AGE}"
-    ),
-    re.compile(rf"\b(?:he|she|patient) (?:is|was) (\d{{1,3}}){BEHIND_AGE}"),
-)  # each with the number
 # "clinical" says nothing of a picture before these
 NO_PICTURE = (
     r"(?!\w* (?:note|significan|issue|diagnos|history|context|correlation|trial|practice|relevance|concern|course|"
@@ -128,9 +123,8 @@ def states(clean: str, name: str, facts: Facts) -> bool:
     if name in ("colours", "structures"):
         return all(_states_word(clean, word, f"{name[:-1]}_names", facts) for word in split_words(value))
     if name == "site":
-        return states_phrase(clean, value) or any(
-            states_phrase(clean, a) for a in terms()["site_aliases"].get(value, ())
-        )
+        ways = [value, *terms()["site_aliases"].get(value, ())]
+        return any(states_phrase(clean, way, SITE_REACH) for way in ways)
     return any(states_phrase(clean, way) for way in [value, *terms()["same_diagnosis"].get(value, ())])
 
 
@@ -166,7 +160,7 @@ def _contradicted(clean: str, facts: Facts) -> Iterator[tuple[str, str]]:
         if number != facts["age"]:
             yield "age", number
     for word in said.found_words(clean, "age_words") if "age" in facts else ():
-        if int(facts["age"]) not in said.age_band(word):
+        if int(facts["age"]) not in age_band(word):
             yield "age", word
     if "site" in facts:
         for match in said.places_pattern().finditer(said.without_idle(clean)):
@@ -202,10 +196,12 @@ def _is_idle(clean: str, match: re.Match[str]) -> bool:
 def _against_diagnosis(clean: str, given: str) -> Iterator[str]:
     code = class_of(given)
     for claim in said.claims(clean, "class_names"):
-        if claim.group == code and claim.negated:
+        if claim.group == code and claim.negated and not claim.aside:
             yield f"not {claim.term}"
         elif claim.group != code and not claim.negated and not claim.aside and claim.term not in given:
             yield claim.term
+    if (denied := denied_head(clean, given)) is not None:
+        yield f"not {denied}"
     blank = without(clean, [*phrases_of("class_names"), given])
     for match in re.finditer(rf"(?<![\w-])(?:{'|'.join(terms()['other_diagnoses'])})\b", blank):
         if (
@@ -216,6 +212,15 @@ def _against_diagnosis(clean: str, given: str) -> Iterator[str]:
     for one, other in (("in situ", "invasive"), ("invasive", "in situ")):
         if one in given and other not in given and states_phrase(clean, other):
             yield other
+
+
+def denied_head(clean: str, given: str) -> str | None:
+    """The last word of the given diagnosis where the sentence denies that ("no lentigo" of a solar lentigo)."""
+    head = given.split(" (")[0].split()[-1] if given else ""
+    denial = (
+        rf"\b(?:no|not|not an?|without an?|never an?) (?:evidence of |signs? of )?(?:an? |the )?{re.escape(head)}s?\b"
+    )
+    return head if head and re.search(denial, clean) else None
 
 
 def _against_findings(clean: str, facts: Facts) -> Iterator[tuple[str, str]]:
@@ -254,8 +259,17 @@ def _malignancy_of_it(sentence: str, facts: Facts) -> list[said.Claim]:
 def _shape_claims(clean: str, facts: Facts, name: str) -> list[tuple[str, str]]:
     """(word of the options, term) of what is claimed about `name` (asymmetry, border); a negation turns symmetry, and
     makes "not sharp" of a sharp border."""
-    found = []
-    for claim in said.claims(without(clean, said.names_of(facts)), f"{name}_names"):
+    return [
+        claim for sentence in sentences(clean) for claim in _shapes_of(without(sentence, said.names_of(facts)), name)
+    ]
+
+
+def _shapes_of(sentence: str, name: str) -> list[tuple[str, str]]:
+    told = said.claims(sentence, f"{name}_names")
+    if name == "border" and len({c.group for c in told}) > 1 and PARTLY.search(sentence):
+        return [("mixed", "partly")]
+    found: list[tuple[str, str]] = []
+    for claim in told:
         if name == "asymmetry" and claim.negated:
             found.append((OPPOSITE[claim.group], f"not {claim.term}"))
         elif claim.negated:
@@ -263,11 +277,6 @@ def _shape_claims(clean: str, facts: Facts, name: str) -> list[tuple[str, str]]:
         else:
             found.append((claim.group, claim.term))
     return found
-
-
-def ages(clean: str) -> list[str]:
-    """The numbers that are said as somebody's age."""
-    return [number for pattern in AGES for number in pattern.findall(clean)]
 
 
 def _own_contradictions(clean: str, facts: Facts) -> Iterator[str]:
@@ -280,11 +289,18 @@ def _own_contradictions(clean: str, facts: Facts) -> Iterator[str]:
     named = [c for s in sentences(clean) for c in said.claims(s, "class_names") if not c.aside]
     classes = {c.group for c in named if not c.negated}
     mixed = {c.group for c in said.claims(facts.get("diagnosis", "").lower(), "class_names")}
-    if (len(classes) > 1 and not classes <= mixed) or classes & {c.group for c in named if c.negated}:
+    denied_own = any(denied_head(s, facts.get("diagnosis", "").lower()) for s in sentences(clean))
+    if (
+        (len(classes) > 1 and not classes <= mixed)
+        or classes & {c.group for c in named if c.negated}
+        or (denied_own and classes & mixed)
+    ):
         yield "diagnosis"
     if len({c.group for part in parts for c in said.claims(part, "sex_names")}) > 1:
         yield "sex"
-    if len(set(ages(clean))) > 1:
+    told_ages = set(ages(clean))
+    bands = [age_band(word) for word in said.found_words(clean, "age_words")]
+    if len(told_ages) > 1 or any(int(age) not in band for age in told_ages for band in bands):
         yield "age"
     if said.exclude_each_other({p for s in sentences(clean) for p in _places(s)}):
         yield "site"

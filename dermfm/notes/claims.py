@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from dermfm.notes.ages import in_figures
 from dermfm.notes.facts import Facts, split_words, terms
 
 NEGATION_REACH = 6  # words between a negation and what it negates, within one clause
@@ -21,7 +22,9 @@ ITEM = r"[\w-]+(?: [\w-]+){0,2}"
 DENIED_LIST = re.compile(rf"\b(?:no|without|neither|free of|lacks|lacking) {ITEM}(?:, {ITEM})*,? (?:or|nor) ")
 # "melanoma is unlikely": the negation follows what it negates
 DENIED_BEHIND = re.compile(
-    r"(?: or [\w-]+| \w+oma)? (?:is|was|are|were|has been|have been|can be|could be) (?:(?!not\b|never\b)\w+ )?"
+    r"(?: or [\w-]+| \w+oma| (?:process|lesion|tumou?r|growth|change|disease|neoplasm|nature|cause|behaviou?r|"
+    r"features?))?"
+    r" (?:is|was|are|were|has been|have been|can be|could be) (?:(?!not\b|never\b)\w+ )?"
     r"(?:absent|excluded|unlikely|ruled out|not (?:present|seen|found|visible|detected|suspected|likely))\b"
 )
 # Clinical shorthand and what it stands for, in lower case
@@ -37,13 +40,17 @@ SHORTHAND = (
     (re.compile(r"\bi\.e\.(?=[ ,])"), "that is"),
     (re.compile(r"\be\.g\.(?=[ ,])"), "such as"),
     (re.compile(r"\b(squamous|basal)-cell\b"), r"\1 cell"),
+    (re.compile(r"\bmid-(?=\w+ties\b|teens\b)"), "mid "),
+    (re.compile(r"\b(light|dark) (and|or|to) (light|dark) brown\b"), r"\1 brown \2 \3 brown"),
     (re.compile(r"\b(?:sex|gender): ?m\b"), "sex: male"),
     (re.compile(r"\b(?:sex|gender): ?f\b"), "sex: female"),
 )
-TENS = {"twenty": 20, "thirty": 30, "forty": 40, "fifty": 50, "sixty": 60, "seventy": 70, "eighty": 80, "ninety": 90}
-ONES = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-AGE_IN_WORDS = re.compile(rf"\b({'|'.join(TENS)})(?:[- ]({'|'.join(ONES)}))?(?=[- ]years?[- ](?:old|of age))")
 MARKUP = re.compile(r"\*+|(?<!\w)#+ |(?<=\s)[•-] ")  # of Markdown; it carries no word
+WEIGHED = re.compile(
+    r"(?:,? (?:and|or|versus) [\w ]{3,40}?)? (?:was|were|has been|have been) (?:also |both )?"
+    r"(?:considered|discussed|entertained|weighed|debated)\b"
+    r"(?! to be| as| unlikely| improbable| an?\b| likely| malignant| benign)"
+)
 # "Melanoma is a type of cancer that …": what such lesions are in general. "Melanoma is suspected" is about this one.
 GENERAL = re.compile(
     r"(?:\W|in general, |generally, |skin |malignant |cutaneous )*(?P<name>(?!(?:the|this|that|an?|it|her|his|she|he|"
@@ -72,7 +79,7 @@ def normalise(text: str) -> str:
     """Lower case, single blanks, plain apostrophes and hyphens, shorthand written out: what all patterns expect."""
     plain = text.lower().replace("’", "'").replace("‑", "-").replace("–", "-")
     plain = " ".join(MARKUP.sub("", plain).split())
-    plain = AGE_IN_WORDS.sub(lambda m: str(TENS[m[1]] + (ONES.index(m[2]) + 1 if m[2] else 0)), plain)
+    plain = in_figures(plain)
     for pattern, words in SHORTHAND:
         plain = pattern.sub(words, plain)
     return plain
@@ -92,16 +99,10 @@ def claims(clean: str, names: str) -> list[Claim]:
             m[0],
             m.start(),
             is_negated(clean, m.start(), m.end()),
-            is_aside(clean, m.start()) or is_general(clean, m.start(), m.end()),
+            is_aside(clean, m.start()) or is_general(clean, m.start(), m.end()) or is_weighed(clean, m.end()),
         )
         for m in pattern.finditer(clean)
     ]
-
-
-def age_band(word: str) -> range:
-    """The ages that a word like "elderly" may be said of."""
-    first, last = terms()["age_bands"][word]
-    return range(first, last + 1)
 
 
 def found_words(clean: str, name: str) -> list[str]:
@@ -109,9 +110,9 @@ def found_words(clean: str, name: str) -> list[str]:
     return [m[0] for m in _list_pattern(name).finditer(clean)]
 
 
-def is_negated(clean: str, start: int, end: int) -> bool:
+def is_negated(clean: str, start: int, end: int, reach: int = NEGATION_REACH) -> bool:
     """Whether an odd number of negations stands shortly before `start`, in the same clause or list, or behind `end`."""
-    before = _list_pattern("negations").findall(_reach(clean, start, NEGATION_REACH))
+    before = _list_pattern("negations").findall(_reach(clean, start, reach))
     number = len(before) - ("neither" in before and "nor" in before) + bool(DENIED_BEHIND.match(clean, end))
     return number % 2 == 1
 
@@ -120,6 +121,11 @@ def is_aside(clean: str, start: int) -> bool:
     """Whether words like "such as" or "history of" shortly before `start` keep the term from being a claim."""
     before = " ".join(re.split(r"[.!?;]\s", clean[:start])[-1].split()[-HEARSAY_REACH:])
     return _list_pattern("asides").search(before) is not None
+
+
+def is_weighed(clean: str, end: int) -> bool:
+    """Whether the term is one of several that were thought of ("both melanoma and nevus were considered")."""
+    return WEIGHED.match(clean, end) is not None
 
 
 def is_general(clean: str, start: int, end: int) -> bool:
@@ -169,10 +175,10 @@ def phrase_pattern(phrase: str) -> str:
     return rf"{escaped}(?:s|es)?"
 
 
-def states_phrase(clean: str, phrase: str) -> bool:
-    """Whether the phrase stands in the text without a negation."""
+def states_phrase(clean: str, phrase: str, reach: int = NEGATION_REACH) -> bool:
+    """Whether the phrase stands in the text without a negation within `reach` words before it."""
     pattern = rf"(?<![\w-]){phrase_pattern(phrase)}(?![\w-])"
-    return any(not is_negated(clean, m.start(), m.end()) for m in re.finditer(pattern, clean))
+    return any(not is_negated(clean, m.start(), m.end(), reach) for m in re.finditer(pattern, clean))
 
 
 @functools.cache

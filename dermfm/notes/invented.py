@@ -7,23 +7,39 @@ import re
 from collections.abc import Iterator, Mapping
 
 from dermfm.notes import claims as said
+from dermfm.notes.ages import ages
 from dermfm.notes.claims import WORD, without, word_set
 from dermfm.notes.facts import Facts, split_words, terms
 
 MONTHS = "january|february|march|april|may|june|july|august|september|october|november|december"
 NUMBER = r"\d+(?:[.,]\d+)?"
 LENGTH = re.compile(
-    rf"\b{NUMBER}(?:\s?(?:x|by|×|-|to)\s?{NUMBER})*\s?-?(?:mm|cm|nm|µm|um|millimet(?:er|re)s?|centimet(?:er|re)s?|inch(?:es)?)\b"
+    rf"\b{NUMBER}(?:\s?(?:x|by|×|-|to)\s?{NUMBER})*\s?-?(?:mm|cm|nm|µm|um|millimet(?:er|re)s?|centimet(?:er|re)s?|"
+    rf"inch(?:es)?)\b"
 )
 DURATION = re.compile(
     r"\b(?:\d+|several|many|few|two|three|four|five|six|ten|forty) (?:years?|months?|weeks?|days?)\b(?! old| of age)"
+    r"|\bfor (?:days|weeks|months|years|decades)\b|\b(?:past|following|preceding|recent|previous) "
+    r"(?:days|weeks|months|years)\b"
     rf"|\bsince (?:{MONTHS}|\d{{4}})\b"
 )
 LIST_MARK = re.compile(r"^\W*(?:\d{1,2}|[a-e])[.)]\s*|^\W*\d{1,2}\W*$")  # "1. Site: back"
 # What is planned or advised, against what was done
 PLAN = re.compile(
-    r"\b(?:recommend\w*|advi[sc]\w*|should|suggest\w*|plan(?:s|ned|ning)?|will|requires?|required|needs?|needed|warrant\w*|"
-    r"consider(?:ed)?|schedul\w*|indicated|necessary|must|ought|may|might|could|would|next|pending|encouraged|urged|offered|discussed)\b"
+    r"\b(?:recommend\w*|advi[sc]\w*|should|suggest\w*|plan(?:s|ned|ning)?|will|requires?|required|needs?|needed|"
+    r"warrant\w*|"
+    r"consider(?:ed)?|schedul\w*|indicated|necessary|must|ought|may|might|could|would|next|pending|encouraged|urged|"
+    r"offered|discussed)\b"
+)
+AHEAD = re.compile(r"\b(?:in|within|every|after|for|next|another|again in) $")  # "come back in six weeks"
+EXTENT = re.compile(
+    r"\b(?:occup\w+|cover\w*|spans?|spanning|involv\w+|tak\w+ up) (?:almost |nearly |about )?(?:the |an? )?(?:whole|"
+    r"entire|most|half|third|"
+    r"quarter|full|two thirds)(?: width| length| of)\b"
+)
+GROWTH_IN_SIZE = re.compile(r"\b(chang\w+|grow\w*|grew|increas\w+|enlarg\w+|decreas\w+|stable) in size\b")
+KIN = re.compile(
+    r"\b(?:mother|father|sister|brother|uncle|aunt|cousin|parents?|son|daughter|grand\w+|relatives?)\b[^.;]*$"
 )
 PERSONAL: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("name", re.compile(r"\b(?:Mr|Mrs|Ms|Miss|Dr|Prof)\b\.?|\bDear\b|\b[Nn]ame(?:d| is|:) [A-Z][a-z]+")),
@@ -49,6 +65,7 @@ FULL_NAME = re.compile(
 )
 ONE_NAME = re.compile(
     r"\b([A-Z][a-z]{2,}),? (?:(?:is|was|has been|aged?|an?|\() ?){1,2}\d{1,3}\b"
+    r"|^([A-Z][a-z]{2,}), \d{1,3}\b"
     r"|\b(?:[Pp]atient:?|Lady|Sir|named) ([A-Z][a-z]{2,})\b"
     r"|^([A-Z][a-z]{2,}), (?:I|we|you)\b"
 )
@@ -88,15 +105,21 @@ def _by_list(clean: str, facts: Facts) -> Iterator[tuple[str, str]]:
     """Sizes, symptoms, history and treatment: no fact of ours gives any, so each is unsupported, denied or not."""
     blank = without(clean, [*said.names_of(facts), *terms()["idle_phrases"]])
     blank = re.sub(r"\b(?:large|small) (?:amount|number|part)s?\b", lambda m: "_" * len(m[0]), blank)
-    for match in LENGTH.finditer(blank):
+    blank = GROWTH_IN_SIZE.sub(r"\1", blank)
+    planned = PLAN.search(clean) is not None
+    for match in (*LENGTH.finditer(blank), *EXTENT.finditer(blank)):
         yield "size", match[0]
     for match in DURATION.finditer(blank):
         if not (facts.get("age") and re.match(rf"{facts['age']} years\b", match[0])):
-            yield "history", match[0]
+            is_ahead = AHEAD.search(blank[: match.start()]) and (planned or said.found_words(blank, "treatment_words"))
+            yield "treatment" if is_ahead else "history", match[0]
+    for term in said.found_words(blank, "work_up_words"):
+        yield "treatment" if planned else "history", term
+    blank = without(blank, sorted(said.phrases_of("work_up_words"), key=len, reverse=True))
     for about in ("size", "symptom", "history", "treatment"):
-        yield from ((about, term) for term in said.found_words(blank, f"{about}_words"))
-    planned = "treatment" if PLAN.search(clean) else "history"
-    yield from ((planned, term) for term in said.found_words(blank, "work_up_words"))
+        for term in said.found_words(blank, f"{about}_words"):
+            if about != "treatment" or not KIN.search(blank[: blank.index(term)]):
+                yield about, term
     yield from (("other", term) for term in said.found_words(blank, "general_talk"))
     for claim in said.claims(blank, "alarm_names"):
         if (facts.get("malignancy") or "benign") == "benign" and not (claim.negated and "malignancy" in facts):
@@ -107,6 +130,7 @@ def _by_fact(clean: str, facts: Facts, sees: bool) -> Iterator[tuple[str, str]]:
     """Age, sex, site, diagnosis and malignancy where they were not given; places and numbers beyond the given ones."""
     if "age" not in facts:
         yield from (("age", term) for term in re.findall(r"\b\d{1,3}[- ]years?[- ]?old\b|\baged? \d{1,3}\b", clean))
+        yield from (("age", number) for number in ages(clean))
         yield from (("age", term) for term in said.found_words(clean, "age_words"))
     if "sex" not in facts:
         yield from (("sex", claim.term) for claim in said.claims(clean, "sex_names"))
@@ -114,7 +138,7 @@ def _by_fact(clean: str, facts: Facts, sees: bool) -> Iterator[tuple[str, str]]:
         if said.site_fault(match[0], facts.get("site", "").lower() or None) == "unsupported":
             yield "site", match[0]
     given = set(WORD.findall(facts.get("site", "").lower()))
-    for word in said.found_words(_without_other_places(clean, facts), "side_words"):
+    for word in said.found_words(_without_other_places(said.without_idle(clean), facts), "side_words"):
         if word not in given:
             yield "site", word
     blank = without(clean, said.names_of(facts))

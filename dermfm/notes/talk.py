@@ -37,14 +37,15 @@ OWN_WILL = (
     r" (?:have not|haven't|do not|don't|did not|didn't|cannot|can't|could not|couldn't|won't|will not)"
 )
 TEXT = (
-    "notes?|texts?|responses?|answers?|summary|paragraph|draft|facts|prompt|instructions?|requests?|input|message|"
+    "notes?|texts?|statements?|lists?|items?|outputs?|write-ups?|responses?|answers?|summary|paragraph|"
+    "draft|facts|prompt|instructions?|requests?|input|message|"
     "document|"
-    "wording|write-up|template|format|information|data|articles?|page|passage|sentences?|word count|query|conversation"
+    "wording|template|format|information|data|articles?|page|passage|sentences?|word count|query|conversation"
 )
 KIND_OF_TEXT = (
     "clinical|medical|brief|short|concise|above|following|below|given|provided|original|final|revised|detailed|"
     "complete|"
-    "available|supplied|patient|listed|two|three|first|last|only"
+    "whole|entire|available|supplied|patient|listed|two|three|first|last|only"
 )
 PICTURE = "image|picture|photo|photograph|scan|information|data|details|context|facts|file|attachment"
 TALK = tuple(
@@ -56,7 +57,7 @@ TALK = tuple(
         rf"\b(?:this|the|these|those|all) (?:(?:{KIND_OF_TEXT}) )*(?:{TEXT})\b",
         rf"\b(?:a|an|one) (?:(?:{KIND_OF_TEXT}) )+(?:{TEXT})\b",
         rf"\b(?:no|without (?:an?|any|the)|insufficient|not enough|more|additional|further) (?:\w+ )?(?:{PICTURE})s?"
-        r"(?: \w+){0,2} (?:provided|attached|supplied|uploaded|shared|needed|required|to)\b",
+        r"(?: \w+){0,6} (?:provided|attached|supplied|uploaded|shared|needed|required|to)\b",
         rf"\b(?:{PICTURE}) (?:was|were|is|has been|have been) (?:not|never) (?:provided|attached|supplied|uploaded|"
         rf"available|shared|visible)\b",
         r"\b(?:nothing|no (?:note|diagnosis|description|assessment|statement|comment|opinion|conclusion|"
@@ -64,6 +65,16 @@ TALK = tuple(
         r"\b(?:not possible|impossible) to (?:write|describe|assess|say|diagnose|determine|provide|comment|tell|give|"
         r"make)\b",
         r"\b(?:note|answer|summary|request|instruction)s? (?:cannot|can't|could not|will not) be\b|\bword count\b",
+        # whoever speaks of writing speaks of the note
+        r"\b(?:writ(?:e|es|ing|ten)|draft(?:ed|ing)|composing|automated|automatically|generated|summari[sz](?:e|ing|"
+        r"ed))\b",
+        r"\b(?:my|our) (?:place|remit|role|abilit\w+|capabilit\w+|knowledge|guidelines|polic\w+|programming|"
+        r"instructions|"
+        r"understanding|purpose|training|scope|function|pleasure)\b|\b(?:beyond|outside)(?: of)? (?:the|my|our|"
+        r"what) (?:scope|remit|i)\b",
+        r"\bas an? (?:[\w-]+ )*(?:model|assistant|system|program|bot)\b",
+        r"\bnothing (?:else |more )?(?:was|has been|is|were) (?:added|invented|omitted|left out|changed)\b",
+        r"\b(?:one|two|three|single)-(?:sentence|paragraph|line)\b|\bin plain (?:language|english|words|prose)\b",
         r"\b(?:thanks|thank you|apolog\w+|sorry|feel free|regards|sincerely|let me|hello|hi|greetings|"
         r"good (?:morning|day)|dear)\b",
         r"\b(?:ai|language model|chatbot|virtual assistant|training data|artificial intelligence)\b",
@@ -73,7 +84,7 @@ TALK = tuple(
         r"^(?:always )?(?:consult|contact|seek|ask|speak (?:to|with)|talk to|visit|see|discuss)(?: with)? (?:an?|the|"
         r"your|professional|medical|expert)\b",
         r"^\W*(?:sure|certainly|of course|absolutely|okay|ok|great|alright|understood|here (?:is|are|you)|here's|"
-        r"below is|hope)\b",
+        r"below|hope)\b",
         r"\[[a-z][^\]]*\]",
         r"\?\W*$",
     )
