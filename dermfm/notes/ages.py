@@ -13,6 +13,7 @@ BEHIND_AGE = r"(?=[,.;)]|$| (?:with|who|has|had|presents|presented|and)\b)"  # n
 AGES = (
     re.compile(r"\b(\d{1,3})[- ]years?[- ]?olds?\b"),
     re.compile(r"\b(\d{1,3}) years of age\b"),
+    re.compile(r"\b(?:her|his|their|born) (\d{1,3}) years\b"),
     re.compile(r"\baged?:? (?:of |is |was )?(\d{1,3})\b"),
     re.compile(
         rf"\b(?:man|woman|male|female|boy|girl|lady|gentleman)(?:,? of |, | \(|, aged? | )(\d{{1,3}}){BEHIND_AGE}"

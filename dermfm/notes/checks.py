@@ -159,7 +159,7 @@ def _contradicted(clean: str, facts: Facts) -> Iterator[tuple[str, str]]:
     for number in ages(clean) if "age" in facts else ():
         if number != facts["age"]:
             yield "age", number
-    for word in said.found_words(clean, "age_words") if "age" in facts else ():
+    for word in said.found_words(said.without_words(clean, "idle_phrases"), "age_words") if "age" in facts else ():
         if int(facts["age"]) not in age_band(word):
             yield "age", word
     if "site" in facts:
@@ -190,7 +190,8 @@ def _places(sentence: str) -> set[str]:
 
 def _is_idle(clean: str, match: re.Match[str]) -> bool:
     """Whether a place is named without the lesion being put there."""
-    return said.is_negated(clean, match.start(), match.end()) or said.is_aside(clean, match.start())
+    at = match.start()
+    return said.is_negated(clean, at, match.end()) or said.is_aside(clean, at) or said.is_of_all(clean, at)
 
 
 def _against_diagnosis(clean: str, given: str) -> Iterator[str]:
@@ -200,6 +201,8 @@ def _against_diagnosis(clean: str, given: str) -> Iterator[str]:
             yield f"not {claim.term}"
         elif claim.group != code and not claim.negated and not claim.aside and claim.term not in given:
             yield claim.term
+    if code == "MEL" and (found := re.search(r"\bnon-?melanoma", clean)) is not None:
+        yield found[0]
     if (denied := denied_head(clean, given)) is not None:
         yield f"not {denied}"
     blank = without(clean, [*phrases_of("class_names"), given])
@@ -238,12 +241,13 @@ def class_of(diagnosis: str) -> str | None:
 
 def _malignancy_claims(clean: str, facts: Facts) -> list[said.Claim]:
     """Claims about this lesion's malignancy outside diagnosis and findings, whose own words claim nothing."""
-    idle = [*terms()["idle_phrases"], "basal cell cancer", "squamous cell cancer"]
-    blank = without(clean, [*said.names_of(facts), *idle])
+    idle = ("basal cell cancer", "squamous cell cancer")
+    blank = said.without_words(without(clean, [*said.names_of(facts), *idle]), "idle_phrases")
     blank = HEADING.sub(lambda m: "_" * len(m[0]), blank)
-    blank = re.sub(
-        r"\b(?:benign|malignant|indeterminate) (?:\w+ ){0,3}proliferations?", lambda m: "_" * len(m[0]), blank
-    )
+    if "findings" in facts:
+        blank = re.sub(
+            r"\b(?:benign|malignant|indeterminate) (?:\w+ ){0,3}proliferations?", lambda m: "_" * len(m[0]), blank
+        )
     claims = [claim for claim in said.claims(blank, "malignancy_names") if not claim.aside]
     return [c for c in claims if c.term != "cancers" or THESE.search(blank[: c.start])]  # else of cancers in general
 
@@ -299,7 +303,7 @@ def _own_contradictions(clean: str, facts: Facts) -> Iterator[str]:
     if len({c.group for part in parts for c in said.claims(part, "sex_names")}) > 1:
         yield "sex"
     told_ages = set(ages(clean))
-    bands = [age_band(word) for word in said.found_words(clean, "age_words")]
+    bands = [age_band(word) for word in said.found_words(said.without_words(clean, "idle_phrases"), "age_words")]
     if len(told_ages) > 1 or any(int(age) not in band for age in told_ages for band in bands):
         yield "age"
     if said.exclude_each_other({p for s in sentences(clean) for p in _places(s)}):

@@ -13,8 +13,21 @@ from dermfm.notes.facts import Facts, split_words, terms
 NEGATION_REACH = 6  # words between a negation and what it negates, within one clause
 HEARSAY_REACH = 8  # words between "such as", "history of" and the like and what they keep from being a claim
 WORD = re.compile(r"[a-z0-9]+(?:['.-][a-z0-9]+)*")
-CLAUSE_END = re.compile(r"[,;:]\s|\s(?:but|however|although)\s")
-TITLES = ("[A-Z]", "[DMdm]r", "[Mm]s", "[Mm]rs", "[Pp]rof", r"i\.e", r"e\.g")  # a full stop behind them ends nothing
+CLAUSE_END = re.compile(
+    r"[,;:]\s|\s(?:but|however|although)\s|\sand\s(?=(?:the|it|its|this|is|has|was|there|he|she)\s)"
+)
+TITLES = (
+    "[A-Z]",
+    "[DMdm]r",
+    "[Mm]s",
+    "[Mm]rs",
+    "[Pp]rof",
+    r"i\.e",
+    r"e\.g",
+    "[Nn]o",
+    "[Nn]r",
+    "St",
+)  # a full stop behind them ends nothing
 NO_TITLE = "".join(rf"(?<!\b{title}\.)" for title in TITLES)
 SENTENCE_END = re.compile(rf"(?<=[.!?]){NO_TITLE}\s+|\n+")
 # "no dots, globules or streaks": one negation for a whole list, which its commas do not end
@@ -25,7 +38,8 @@ DENIED_BEHIND = re.compile(
     r"(?: or [\w-]+| \w+oma| (?:process|lesion|tumou?r|growth|change|disease|neoplasm|nature|cause|behaviou?r|"
     r"features?))?"
     r" (?:is|was|are|were|has been|have been|can be|could be) (?:(?!not\b|never\b)\w+ )?"
-    r"(?:absent|excluded|unlikely|ruled out|not (?:present|seen|found|visible|detected|suspected|likely))\b"
+    r"(?:absent|spared|unaffected|uninvolved|excluded|unlikely|ruled out|not (?:present|seen|found|visible|detected|"
+    r"suspected|likely))\b"
 )
 # Clinical shorthand and what it stands for, in lower case
 SHORTHAND = (
@@ -40,12 +54,19 @@ SHORTHAND = (
     (re.compile(r"\bi\.e\.(?=[ ,])"), "that is"),
     (re.compile(r"\be\.g\.(?=[ ,])"), "such as"),
     (re.compile(r"\b(squamous|basal)-cell\b"), r"\1 cell"),
+    (re.compile(r"\b(\d{1,3}-year-old) m\b"), r"\1 male"),
+    (re.compile(r"\b(\d{1,3}-year-old) f\b"), r"\1 female"),
     (re.compile(r"\bmid-(?=\w+ties\b|teens\b)"), "mid "),
     (re.compile(r"\b(light|dark) (and|or|to) (light|dark) brown\b"), r"\1 brown \2 \3 brown"),
     (re.compile(r"\b(?:sex|gender): ?m\b"), "sex: male"),
     (re.compile(r"\b(?:sex|gender): ?f\b"), "sex: female"),
 )
 MARKUP = re.compile(r"\*+|(?<!\w)#+ |(?<=\s)[•-] ")  # of Markdown; it carries no word
+LAY = ("mole", "moles")  # what a patient calls a lesion, whatever it is: "noticed that a mole had changed"
+FOUND_ON = re.compile(
+    r"\b(?:often|commonly|typically|usually|frequently|primarily|mostly|can|may) (?:\w+ )?"
+    r"(?:found|occurs?|appears?|seen|develops?|arises?|affects?)\b[^.;]*$"
+)
 WEIGHED = re.compile(
     r"(?:,? (?:and|or|versus) [\w ]{3,40}?)? (?:was|were|has been|have been) (?:also |both )?"
     r"(?:considered|discussed|entertained|weighed|debated)\b"
@@ -75,6 +96,7 @@ class Claim:
     aside: bool = False
 
 
+@functools.lru_cache(maxsize=1024)
 def normalise(text: str) -> str:
     """Lower case, single blanks, plain apostrophes and hyphens, shorthand written out: what all patterns expect."""
     plain = text.lower().replace("’", "'").replace("‑", "-").replace("–", "-")
@@ -99,7 +121,10 @@ def claims(clean: str, names: str) -> list[Claim]:
             m[0],
             m.start(),
             is_negated(clean, m.start(), m.end()),
-            is_aside(clean, m.start()) or is_general(clean, m.start(), m.end()) or is_weighed(clean, m.end()),
+            is_aside(clean, m.start())
+            or is_general(clean, m.start(), m.end())
+            or is_weighed(clean, m.end())
+            or (m[0] in LAY and bool(found_words(clean, "history_words"))),
         )
         for m in pattern.finditer(clean)
     ]
@@ -159,11 +184,19 @@ def without(clean: str, phrases: Iterable[str]) -> str:
     return clean
 
 
+def without_words(clean: str, name: str) -> str:
+    """The text with the terms of a plain list of `terms.yaml` blanked out, same length."""
+    return _list_pattern(name).sub(lambda m: "_" * len(m[0]), clean)
+
+
 def without_idle(clean: str) -> str:
     """The text without phrases in which the name of a place names no place of this lesion ("naked eye")."""
-    for name in ("idle_phrases", "history_words"):
-        clean = _list_pattern(name).sub(lambda m: "_" * len(m[0]), clean)
-    return clean
+    return without_words(without_words(clean, "idle_phrases"), "history_words")
+
+
+def is_of_all(clean: str, start: int) -> bool:
+    """Whether a place is told of where such lesions are in general ("often found on the legs")."""
+    return FOUND_ON.search(clean[:start]) is not None
 
 
 @functools.cache

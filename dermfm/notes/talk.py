@@ -37,7 +37,8 @@ OWN_WILL = (
     r" (?:have not|haven't|do not|don't|did not|didn't|cannot|can't|could not|couldn't|won't|will not)"
 )
 TEXT = (
-    "notes?|texts?|statements?|lists?|items?|outputs?|write-ups?|responses?|answers?|summary|paragraph|"
+    "notes?|texts?|case reports?|case stud(?:y|ies)|records? for|statements?|lists?|items?|outputs?|write-ups?|"
+    "responses?|answers?|summary|paragraph|"
     "draft|facts|prompt|instructions?|requests?|input|message|"
     "document|"
     "wording|template|format|information|data|articles?|page|passage|sentences?|word count|query|conversation"
@@ -83,7 +84,8 @@ TALK = tuple(
         r"\b(?:substitute|replacement) for\b|\bnot (?:a|an) (?:\w+ )?(?:diagnosis by|consultation)\b",
         r"^(?:always )?(?:consult|contact|seek|ask|speak (?:to|with)|talk to|visit|see|discuss)(?: with)? (?:an?|the|"
         r"your|professional|medical|expert)\b",
-        r"^\W*(?:sure|certainly|of course|absolutely|okay|ok|great|alright|understood|here (?:is|are|you)|here's|"
+        r"^\W*(?:got it|end of|sure|certainly|of course|absolutely|okay|ok|great|alright|understood|here (?:is|are|"
+        r"you)|here's|"
         r"below|hope)\b",
         r"\[[a-z][^\]]*\]",
         r"\?\W*$",
