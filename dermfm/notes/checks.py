@@ -15,7 +15,8 @@ strict side. Faults are strings "kind", "kind: about" or "kind: about (term)"; t
   contradiction: FACT    a given fact is contradicted
   self-contradiction     two statements of the note exclude each other
   unsupported: WHAT      something is said that no given fact supports: age, sex, site, size, symptom, history,
-                         treatment, appearance, diagnosis, malignancy, number, other
+                         treatment, appearance, diagnosis, malignancy, other; "other" is the residual kind: it is named
+                         only of a sentence with which nothing else is wrong
 """
 
 from __future__ import annotations
@@ -25,26 +26,33 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dermfm.notes import claims as said
+from dermfm.notes.ages import age_band, ages
 from dermfm.notes.claims import WORD, normalise, phrases_of, sentences, states_phrase, without
 from dermfm.notes.facts import APPEARANCE, Facts, split_words, terms
-from dermfm.notes.invented import personal_details, unsupported
+from dermfm.notes.invented import class_of_facts, personal_details, unsupported
+from dermfm.notes.talk import talk
 from dermfm.records.vocabulary import CLASS_CODES
 
 KINDS = (
     "empty", "refusal", "unfinished", "too long", "repetition", "option", "personal",
     "missing", "contradiction", "self-contradiction", "unsupported",
 )  # fmt: skip
+SITE_REACH = 3  # "not on the back"; in "rather than a nevus of the back" the nevus is denied
+PARTLY = re.compile(
+    r"\b(?:partly|partially|in part|in parts|in places|in some|on one side|elsewhere|in others|focally)\b"
+)
+THESE = re.compile(r"\b(?:are|is|was|were|these|as|has|have)(?: \w+){0,3} $")
+OTHER_IMAGE = {
+    "dermoscopic": re.compile(r"\b(?:clinical(?:ly)?|macroscopic) (?:close-up )?(?:image|photo|picture)"),
+    "clinical": re.compile(r"\bderm(?:at)?oscop(?:[iey]|es?\b)\w*"),
+}
 OPPOSITE = {"symmetric": "asymmetric", "asymmetric": "symmetric"}
-BEHIND_AGE = r"(?=[,.;)]|$| (?:with|who|has|had|presents|presented|and)\b)"  # not "a woman, 3 papules on the arm"
-AGES = (
-    re.compile(r"\b(\d{1,3})[- ]years?[- ]?olds?\b"),
-    re.compile(r"\b(\d{1,3}) years of age\b"),
-    re.compile(r"\baged?:? (?:of |is |was )?(\d{1,3})\b"),
-    re.compile(
-        rf"\b(?:man|woman|male|female|boy|girl|lady|gentleman)(?:,? of |, | \(|, aged? | )(\d{{1,3}}){BEHIND_AGE}"
-    ),
-    re.compile(rf"\b(?:he|she|patient) (?:is|was) (\d{{1,3}}){BEHIND_AGE}"),
-)  # each with the number
+# "clinical" says nothing of a picture before these
+NO_PICTURE = (
+    r"(?!\w* (?:note|significan|issue|diagnos|history|context|correlation|trial|practice|relevance|concern|course|"
+    r"setting|"
+    r"management|decision|suspicion|dermatolog|record|trial|stud))"
+)
 HEADING = re.compile(r"\bmalignancy(?: status)?(?::| is| was)(?= (?:benign|pre|malignant))")  # it claims nothing itself
 
 
@@ -86,15 +94,15 @@ def examine(text: str, facts: Facts, rules: Rules = Rules()) -> list[Fault]:
     people = [personal_details(sentence) for sentence in sentences(text)]
     for place, (sentence, person) in enumerate(zip(sentences(text), people, strict=True)):
         plain = normalise(sentence)
-        is_talk = bool(person or said.found_words(plain, "refusals"))  # its odd words are names or the talk itself
+        is_talk = bool(person or talk(plain))  # its odd words are names or the talk itself
         found = [("contradiction", about, term) for about, term in _contradicted(plain, facts)]
         found = [f for f in found if not (is_talk and f[2].startswith("not "))]  # "I can't diagnose a nevus"
-        wrong = {word for _, _, term in found for word in WORD.findall(term)}
-        more = unsupported(plain, facts, rules.sees, is_talk)
-        found += [fault for fault in more if fault[1] != "other" or fault[2] not in wrong]
+        found += unsupported(plain, facts, rules.sees, is_talk)
         found += [("personal", about, term) for about, term in person]
         names = set(re.findall(r"\b[A-Z][a-z]+", sentence)) if any(people) else set()
-        faults += [Fault(k, a, t, place) for k, a, t in found if not (a == "other" and t.capitalize() in names)]
+        named = [f for f in found if f[1] != "other"]
+        rest = [f for f in found if f[1] == "other" and f[2].capitalize() not in names]
+        faults += [Fault(*fault, place) for fault in named or rest]
     return faults
 
 
@@ -102,9 +110,7 @@ def states(clean: str, name: str, facts: Facts) -> bool:
     """Whether the normalised text states the fact `name`, without a negation."""
     value = facts[name].lower()
     if name == "image":
-        stem = (
-            r"derm(?:at)?oscop" if value == "dermoscopic" else rf"{re.escape(value)}(?!\w* (?:note|significan|issue))"
-        )
+        stem = r"derm(?:at)?oscop" if value == "dermoscopic" else rf"{re.escape(value)}{NO_PICTURE}"
         return re.search(rf"\b{stem}", clean) is not None
     if name == "age":
         return value in ages(clean) or re.search(rf"\b{value}[- ]year", clean) is not None
@@ -117,9 +123,8 @@ def states(clean: str, name: str, facts: Facts) -> bool:
     if name in ("colours", "structures"):
         return all(_states_word(clean, word, f"{name[:-1]}_names", facts) for word in split_words(value))
     if name == "site":
-        return states_phrase(clean, value) or any(
-            states_phrase(clean, a) for a in terms()["site_aliases"].get(value, ())
-        )
+        ways = [value, *terms()["site_aliases"].get(value, ())]
+        return any(states_phrase(clean, way, SITE_REACH) for way in ways)
     return any(states_phrase(clean, way) for way in [value, *terms()["same_diagnosis"].get(value, ())])
 
 
@@ -129,9 +134,9 @@ def _states_word(clean: str, word: str, names: str, facts: Facts) -> bool:
 
 
 def _form_faults(clean: str, rules: Rules) -> Iterator[Fault]:
-    for phrase in dict.fromkeys(said.found_words(clean, "refusals")):
+    for phrase in dict.fromkeys(phrase for sentence in sentences(clean) for phrase in talk(sentence)):
         yield Fault("refusal", term=phrase)
-    if clean.rstrip("\"')")[-1:] not in (".", "!", "?"):
+    if clean.rstrip("\"')”’]")[-1:] not in (".", "!", "?"):
         yield Fault("unfinished")
     if len(WORD.findall(clean)) > rules.max_words:
         yield Fault("too long")
@@ -145,7 +150,7 @@ def _contradicted(clean: str, facts: Facts) -> Iterator[tuple[str, str]]:
     """(fact, term) of what the sentence says against the given facts."""
     if "diagnosis" in facts:
         yield from (("diagnosis", term) for term in _against_diagnosis(clean, facts["diagnosis"].lower()))
-    for claim in _malignancy_claims(clean, facts) if "malignancy" in facts else ():
+    for claim in _malignancy_of_it(clean, facts) if "malignancy" in facts else ():
         if (claim.group == facts["malignancy"]) == claim.negated:
             yield "malignancy", f"{'not ' * claim.negated}{claim.term}"
     for claim in said.claims(clean, "sex_names") if "sex" in facts else ():
@@ -154,16 +159,16 @@ def _contradicted(clean: str, facts: Facts) -> Iterator[tuple[str, str]]:
     for number in ages(clean) if "age" in facts else ():
         if number != facts["age"]:
             yield "age", number
-    for word in said.found_words(clean, "age_words") if "age" in facts else ():
-        if int(facts["age"]) not in said.age_band(word):
+    for word in said.found_words(said.without_words(clean, "idle_phrases"), "age_words") if "age" in facts else ():
+        if int(facts["age"]) not in age_band(word):
             yield "age", word
     if "site" in facts:
         for match in said.places_pattern().finditer(said.without_idle(clean)):
             if said.site_fault(match[0], facts["site"].lower()) == "contradiction" and not _is_idle(clean, match):
                 yield "site", match[0]
     if "image" in facts:
-        other = {"dermoscopic": r"\bclinical(?:ly)? (?:image|photo|picture)", "clinical": r"\bderm(?:at)?oscop"}
-        if (found := re.search(other[facts["image"]], clean)) is not None:
+        found = OTHER_IMAGE[facts["image"]].search(clean)
+        if found is not None and not said.is_negated(clean, found.start(), found.end()):
             yield "image", found[0]
     for name in ("asymmetry", "border"):
         if name in facts:
@@ -177,18 +182,29 @@ def _contradicted(clean: str, facts: Facts) -> Iterator[tuple[str, str]]:
     yield from _against_findings(clean, facts)
 
 
+def _places(sentence: str) -> set[str]:
+    """The places on the body at which the sentence puts the lesion."""
+    found = said.places_pattern().finditer(said.without_idle(sentence))
+    return {m[0] for m in found if not _is_idle(sentence, m)}
+
+
 def _is_idle(clean: str, match: re.Match[str]) -> bool:
     """Whether a place is named without the lesion being put there."""
-    return said.is_negated(clean, match.start(), match.end()) or said.is_aside(clean, match.start())
+    at = match.start()
+    return said.is_negated(clean, at, match.end()) or said.is_aside(clean, at) or said.is_of_all(clean, at)
 
 
 def _against_diagnosis(clean: str, given: str) -> Iterator[str]:
     code = class_of(given)
     for claim in said.claims(clean, "class_names"):
-        if claim.group == code and claim.negated:
+        if claim.group == code and claim.negated and not claim.aside:
             yield f"not {claim.term}"
         elif claim.group != code and not claim.negated and not claim.aside and claim.term not in given:
             yield claim.term
+    if code == "MEL" and (found := re.search(r"\bnon-?melanoma", clean)) is not None:
+        yield found[0]
+    if (denied := denied_head(clean, given)) is not None:
+        yield f"not {denied}"
     blank = without(clean, [*phrases_of("class_names"), given])
     for match in re.finditer(rf"(?<![\w-])(?:{'|'.join(terms()['other_diagnoses'])})\b", blank):
         if (
@@ -201,6 +217,15 @@ def _against_diagnosis(clean: str, given: str) -> Iterator[str]:
             yield other
 
 
+def denied_head(clean: str, given: str) -> str | None:
+    """The last word of the given diagnosis where the sentence denies that ("no lentigo" of a solar lentigo)."""
+    head = given.split(" (")[0].split()[-1] if given else ""
+    denial = (
+        rf"\b(?:no|not|not an?|without an?|never an?) (?:evidence of |signs? of )?(?:an? |the )?{re.escape(head)}s?\b"
+    )
+    return head if head and re.search(denial, clean) else None
+
+
 def _against_findings(clean: str, facts: Facts) -> Iterator[tuple[str, str]]:
     """Proliferations are the findings' noun: another first word than the given one is another finding."""
     if "findings" in facts:
@@ -211,26 +236,44 @@ def _against_findings(clean: str, facts: Facts) -> Iterator[tuple[str, str]]:
 
 def class_of(diagnosis: str) -> str | None:
     """The class code of a plain diagnosis, by the first class name of the longest match in it; None if none."""
-    found = said.claims(diagnosis.lower(), "class_names")
-    return min(found, key=lambda c: (c.start, -len(c.term))).group if found else None
+    return class_of_facts({"diagnosis": diagnosis})
 
 
 def _malignancy_claims(clean: str, facts: Facts) -> list[said.Claim]:
     """Claims about this lesion's malignancy outside diagnosis and findings, whose own words claim nothing."""
-    idle = [*terms()["idle_phrases"], "basal cell cancer", "squamous cell cancer"]
-    blank = without(clean, [*said.names_of(facts), *idle])
+    idle = ("basal cell cancer", "squamous cell cancer")
+    blank = said.without_words(without(clean, [*said.names_of(facts), *idle]), "idle_phrases")
     blank = HEADING.sub(lambda m: "_" * len(m[0]), blank)
-    blank = re.sub(
-        r"\b(?:benign|malignant|indeterminate) (?:\w+ ){0,3}proliferations?", lambda m: "_" * len(m[0]), blank
-    )
-    return [claim for claim in said.claims(blank, "malignancy_names") if not claim.aside]
+    if "findings" in facts:
+        blank = re.sub(
+            r"\b(?:benign|malignant|indeterminate) (?:\w+ ){0,3}proliferations?", lambda m: "_" * len(m[0]), blank
+        )
+    claims = [claim for claim in said.claims(blank, "malignancy_names") if not claim.aside]
+    return [c for c in claims if c.term != "cancers" or THESE.search(blank[: c.start])]  # else of cancers in general
+
+
+def _malignancy_of_it(sentence: str, facts: Facts) -> list[said.Claim]:
+    """The claims of one sentence about this lesion's malignancy: none where it speaks of other tumours in general."""
+    subject = said.general_subject(sentence)
+    if subject is not None and class_of(subject) not in (None, class_of(facts.get("diagnosis", ""))):
+        return []
+    return _malignancy_claims(sentence, facts)
 
 
 def _shape_claims(clean: str, facts: Facts, name: str) -> list[tuple[str, str]]:
     """(word of the options, term) of what is claimed about `name` (asymmetry, border); a negation turns symmetry, and
     makes "not sharp" of a sharp border."""
-    found = []
-    for claim in said.claims(without(clean, said.names_of(facts)), f"{name}_names"):
+    return [
+        claim for sentence in sentences(clean) for claim in _shapes_of(without(sentence, said.names_of(facts)), name)
+    ]
+
+
+def _shapes_of(sentence: str, name: str) -> list[tuple[str, str]]:
+    told = said.claims(sentence, f"{name}_names")
+    if name == "border" and len({c.group for c in told}) > 1 and PARTLY.search(sentence):
+        return [("mixed", "partly")]
+    found: list[tuple[str, str]] = []
+    for claim in told:
         if name == "asymmetry" and claim.negated:
             found.append((OPPOSITE[claim.group], f"not {claim.term}"))
         elif claim.negated:
@@ -240,27 +283,31 @@ def _shape_claims(clean: str, facts: Facts, name: str) -> list[tuple[str, str]]:
     return found
 
 
-def ages(clean: str) -> list[str]:
-    """The numbers that are said as somebody's age."""
-    return [number for pattern in AGES for number in pattern.findall(clean)]
-
-
 def _own_contradictions(clean: str, facts: Facts) -> Iterator[str]:
     """What the note says two things about that cannot both be true, whatever the facts are."""
     parts = [without(sentence, said.names_of(facts)) for sentence in sentences(clean)]
-    held = {c.group for part in parts for c in _malignancy_claims(part, facts) if not c.negated}
-    denied = {c.group for part in parts for c in _malignancy_claims(part, facts) if c.negated}
+    held = {c.group for part in parts for c in _malignancy_of_it(part, facts) if not c.negated}
+    denied = {c.group for part in parts for c in _malignancy_of_it(part, facts) if c.negated}
     if len(held) > 1 or held & denied:
         yield "malignancy"
     named = [c for s in sentences(clean) for c in said.claims(s, "class_names") if not c.aside]
     classes = {c.group for c in named if not c.negated}
     mixed = {c.group for c in said.claims(facts.get("diagnosis", "").lower(), "class_names")}
-    if (len(classes) > 1 and not classes <= mixed) or classes & {c.group for c in named if c.negated}:
+    denied_own = any(denied_head(s, facts.get("diagnosis", "").lower()) for s in sentences(clean))
+    if (
+        (len(classes) > 1 and not classes <= mixed)
+        or classes & {c.group for c in named if c.negated}
+        or (denied_own and classes & mixed)
+    ):
         yield "diagnosis"
     if len({c.group for part in parts for c in said.claims(part, "sex_names")}) > 1:
         yield "sex"
-    if len(set(ages(clean))) > 1:
+    told_ages = set(ages(clean))
+    bands = [age_band(word) for word in said.found_words(said.without_words(clean, "idle_phrases"), "age_words")]
+    if len(told_ages) > 1 or any(int(age) not in band for age in told_ages for band in bands):
         yield "age"
+    if said.exclude_each_other({p for s in sentences(clean) for p in _places(s)}):
+        yield "site"
     for name in ("asymmetry", "border"):
         told = {group for part in parts for group, _ in _shape_claims(part, facts, name)}
         plain = {group for group in told if not group.startswith("not ")}

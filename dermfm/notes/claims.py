@@ -7,13 +7,27 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from dermfm.notes.ages import in_figures
 from dermfm.notes.facts import Facts, split_words, terms
 
 NEGATION_REACH = 6  # words between a negation and what it negates, within one clause
 HEARSAY_REACH = 8  # words between "such as", "history of" and the like and what they keep from being a claim
 WORD = re.compile(r"[a-z0-9]+(?:['.-][a-z0-9]+)*")
-CLAUSE_END = re.compile(r"[,;:]\s|\s(?:but|however|although)\s")
-TITLES = ("[A-Z]", "[DMdm]r", "[Mm]s", "[Mm]rs", "[Pp]rof", r"i\.e", r"e\.g")  # a full stop behind them ends nothing
+CLAUSE_END = re.compile(
+    r"[,;:]\s|\s(?:but|however|although)\s|\sand\s(?=(?:the|it|its|this|is|has|was|there|he|she)\s)"
+)
+TITLES = (
+    "[A-Z]",
+    "[DMdm]r",
+    "[Mm]s",
+    "[Mm]rs",
+    "[Pp]rof",
+    r"i\.e",
+    r"e\.g",
+    "[Nn]o",
+    "[Nn]r",
+    "St",
+)  # a full stop behind them ends nothing
 NO_TITLE = "".join(rf"(?<!\b{title}\.)" for title in TITLES)
 SENTENCE_END = re.compile(rf"(?<=[.!?]){NO_TITLE}\s+|\n+")
 # "no dots, globules or streaks": one negation for a whole list, which its commas do not end
@@ -21,8 +35,11 @@ ITEM = r"[\w-]+(?: [\w-]+){0,2}"
 DENIED_LIST = re.compile(rf"\b(?:no|without|neither|free of|lacks|lacking) {ITEM}(?:, {ITEM})*,? (?:or|nor) ")
 # "melanoma is unlikely": the negation follows what it negates
 DENIED_BEHIND = re.compile(
-    r"(?: or [\w-]+| \w+oma)? (?:is|was|are|were|has been|have been|can be|could be) (?:(?!not\b|never\b)\w+ )?"
-    r"(?:absent|excluded|unlikely|ruled out|not (?:present|seen|found|visible|detected|suspected|likely))\b"
+    r"(?: or [\w-]+| \w+oma| (?:process|lesion|tumou?r|growth|change|disease|neoplasm|nature|cause|behaviou?r|"
+    r"features?))?"
+    r" (?:is|was|are|were|has been|have been|can be|could be) (?:(?!not\b|never\b)\w+ )?"
+    r"(?:absent|spared|unaffected|uninvolved|excluded|unlikely|ruled out|not (?:present|seen|found|visible|detected|"
+    r"suspected|likely))\b"
 )
 # Clinical shorthand and what it stands for, in lower case
 SHORTHAND = (
@@ -37,6 +54,31 @@ SHORTHAND = (
     (re.compile(r"\bi\.e\.(?=[ ,])"), "that is"),
     (re.compile(r"\be\.g\.(?=[ ,])"), "such as"),
     (re.compile(r"\b(squamous|basal)-cell\b"), r"\1 cell"),
+    (re.compile(r"\b(\d{1,3}-year-old) m\b"), r"\1 male"),
+    (re.compile(r"\b(\d{1,3}-year-old) f\b"), r"\1 female"),
+    (re.compile(r"\bmid-(?=\w+ties\b|teens\b)"), "mid "),
+    (re.compile(r"\b(light|dark) (and|or|to) (light|dark) brown\b"), r"\1 brown \2 \3 brown"),
+    (re.compile(r"\b(?:sex|gender): ?m\b"), "sex: male"),
+    (re.compile(r"\b(?:sex|gender): ?f\b"), "sex: female"),
+)
+MARKUP = re.compile(r"\*+|(?<!\w)#+ |(?<=\s)[•-] ")  # of Markdown; it carries no word
+LAY = ("mole", "moles")  # what a patient calls a lesion, whatever it is: "noticed that a mole had changed"
+FOUND_ON = re.compile(
+    r"\b(?:often|commonly|typically|usually|frequently|primarily|mostly|can|may) (?:\w+ )?"
+    r"(?:found|occurs?|appears?|seen|develops?|arises?|affects?)\b[^.;]*$"
+)
+WEIGHED = re.compile(
+    r"(?:,? (?:and|or|versus) [\w ]{3,40}?)? (?:was|were|has been|have been) (?:also |both )?"
+    r"(?:considered|discussed|entertained|weighed|debated)\b"
+    r"(?! to be| as| unlikely| improbable| an?\b| likely| malignant| benign)"
+)
+# "Melanoma is a type of cancer that …": what such lesions are in general. "Melanoma is suspected" is about this one.
+GENERAL = re.compile(
+    r"(?:\W|in general, |generally, |skin |malignant |cutaneous )*(?P<name>(?!(?:the|this|that|an?|it|her|his|she|he|"
+    r"which)\b)[\w' -]+?) (?:(?:is|are) (?:an?|the most (?:common|frequent|serious|deadly|"
+    r"dangerous|aggressive)|one of|often|usually|typically|generally|commonly|rarely|common|rare|caused|more|less|"
+    r"known)|"
+    r"can|may|might|often|usually|typically|generally|commonly|tends?|develops?|arises?|occurs?|starts?|grows?) "
 )
 
 
@@ -54,10 +96,12 @@ class Claim:
     aside: bool = False
 
 
+@functools.lru_cache(maxsize=1024)
 def normalise(text: str) -> str:
     """Lower case, single blanks, plain apostrophes and hyphens, shorthand written out: what all patterns expect."""
     plain = text.lower().replace("’", "'").replace("‑", "-").replace("–", "-")
-    plain = " ".join(plain.split())
+    plain = " ".join(MARKUP.sub("", plain).split())
+    plain = in_figures(plain)
     for pattern, words in SHORTHAND:
         plain = pattern.sub(words, plain)
     return plain
@@ -72,15 +116,18 @@ def claims(clean: str, names: str) -> list[Claim]:
     """All terms of the group list `names` of `terms.yaml` in a normalised sentence, in reading order."""
     pattern, group_of = _pattern(names)
     return [
-        Claim(group_of[m[0]], m[0], m.start(), is_negated(clean, m.start(), m.end()), is_aside(clean, m.start()))
+        Claim(
+            group_of[m[0]],
+            m[0],
+            m.start(),
+            is_negated(clean, m.start(), m.end()),
+            is_aside(clean, m.start())
+            or is_general(clean, m.start(), m.end())
+            or is_weighed(clean, m.end())
+            or (m[0] in LAY and bool(found_words(clean, "history_words"))),
+        )
         for m in pattern.finditer(clean)
     ]
-
-
-def age_band(word: str) -> range:
-    """The ages that a word like "elderly" may be said of."""
-    first, last = terms()["age_bands"][word]
-    return range(first, last + 1)
 
 
 def found_words(clean: str, name: str) -> list[str]:
@@ -88,9 +135,9 @@ def found_words(clean: str, name: str) -> list[str]:
     return [m[0] for m in _list_pattern(name).finditer(clean)]
 
 
-def is_negated(clean: str, start: int, end: int) -> bool:
+def is_negated(clean: str, start: int, end: int, reach: int = NEGATION_REACH) -> bool:
     """Whether an odd number of negations stands shortly before `start`, in the same clause or list, or behind `end`."""
-    before = _list_pattern("negations").findall(_reach(clean, start, NEGATION_REACH))
+    before = _list_pattern("negations").findall(_reach(clean, start, reach))
     number = len(before) - ("neither" in before and "nor" in before) + bool(DENIED_BEHIND.match(clean, end))
     return number % 2 == 1
 
@@ -99,6 +146,24 @@ def is_aside(clean: str, start: int) -> bool:
     """Whether words like "such as" or "history of" shortly before `start` keep the term from being a claim."""
     before = " ".join(re.split(r"[.!?;]\s", clean[:start])[-1].split()[-HEARSAY_REACH:])
     return _list_pattern("asides").search(before) is not None
+
+
+def is_weighed(clean: str, end: int) -> bool:
+    """Whether the term is one of several that were thought of ("both melanoma and nevus were considered")."""
+    return WEIGHED.match(clean, end) is not None
+
+
+def is_general(clean: str, start: int, end: int) -> bool:
+    """Whether the term, without an article, begins a statement about all such lesions ("Melanoma is a cancer …")."""
+    first = max(clean.rfind(mark, 0, start) for mark in (". ", "! ", "? "))
+    found = GENERAL.match(clean, first + 2 if first >= 0 else 0)
+    return found is not None and found.start("name") <= start and found.end("name") == end
+
+
+def general_subject(clean: str) -> str | None:
+    """What a sentence speaks of in general; None where it speaks of something in particular."""
+    found = GENERAL.match(clean)
+    return found["name"] if found else None
 
 
 def _reach(clean: str, start: int, words: int) -> str:
@@ -119,11 +184,19 @@ def without(clean: str, phrases: Iterable[str]) -> str:
     return clean
 
 
+def without_words(clean: str, name: str) -> str:
+    """The text with the terms of a plain list of `terms.yaml` blanked out, same length."""
+    return _list_pattern(name).sub(lambda m: "_" * len(m[0]), clean)
+
+
 def without_idle(clean: str) -> str:
     """The text without phrases in which the name of a place names no place of this lesion ("naked eye")."""
-    for name in ("idle_phrases", "history_words"):
-        clean = _list_pattern(name).sub(lambda m: "_" * len(m[0]), clean)
-    return clean
+    return without_words(without_words(clean, "idle_phrases"), "history_words")
+
+
+def is_of_all(clean: str, start: int) -> bool:
+    """Whether a place is told of where such lesions are in general ("often found on the legs")."""
+    return FOUND_ON.search(clean[:start]) is not None
 
 
 @functools.cache
@@ -135,10 +208,10 @@ def phrase_pattern(phrase: str) -> str:
     return rf"{escaped}(?:s|es)?"
 
 
-def states_phrase(clean: str, phrase: str) -> bool:
-    """Whether the phrase stands in the text without a negation."""
+def states_phrase(clean: str, phrase: str, reach: int = NEGATION_REACH) -> bool:
+    """Whether the phrase stands in the text without a negation within `reach` words before it."""
     pattern = rf"(?<![\w-]){phrase_pattern(phrase)}(?![\w-])"
-    return any(not is_negated(clean, m.start(), m.end()) for m in re.finditer(pattern, clean))
+    return any(not is_negated(clean, m.start(), m.end(), reach) for m in re.finditer(pattern, clean))
 
 
 @functools.cache
@@ -169,6 +242,11 @@ def site_fault(word: str, given: str | None) -> str | None:
     return "unsupported" if set(own) & set(_line(word)) else "contradiction"
 
 
+def exclude_each_other(places: Iterable[str]) -> bool:
+    """Whether two of the named places lie in different regions of the body; neighbours within one may touch."""
+    return len({_line(place)[-1] for place in places}) > 1
+
+
 def split_places(site: str) -> list[str]:
     """The places that a site names: "head, neck or face" → head, neck, face."""
     plain = site.replace(" or ", ", ").replace("front of the ", "").replace("side of the ", "")
@@ -197,8 +275,9 @@ def places_pattern() -> re.Pattern[str]:
 
 
 def names_of(facts: Facts) -> list[str]:
-    """The given phrases whose own words ("cancer", "blue") claim nothing beyond them."""
-    return [facts[name] for name in ("findings", "diagnosis") if name in facts]
+    """The given phrases, and other ways to say the diagnosis, whose own words ("cancer", "blue") claim nothing more."""
+    given = [facts[name] for name in ("findings", "diagnosis") if name in facts]
+    return given + [way for name in given for way in terms()["same_diagnosis"].get(name.lower(), ())]
 
 
 @functools.cache

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from dermfm.notes.checks import AGES, class_of, find_faults
+from dermfm.notes.ages import AGES
+from dermfm.notes.checks import class_of, find_faults
 from dermfm.notes.claims import normalise
 from dermfm.notes.repair import repair_note
 

@@ -1,0 +1,44 @@
+"""Ages as notes say them: numbers, numbers in words, and words for a time of life."""
+
+from __future__ import annotations
+
+import re
+
+from dermfm.notes.facts import terms
+
+TENS = {"twenty": 20, "thirty": 30, "forty": 40, "fifty": 50, "sixty": 60, "seventy": 70, "eighty": 80, "ninety": 90}
+ONES = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+AGE_IN_WORDS = re.compile(rf"\b({'|'.join(TENS)})(?:[- ]({'|'.join(ONES)}))?(?=[- ]years?\b)")
+BEHIND_AGE = r"(?=[,.;)]|$| (?:with|who|has|had|presents|presented|and)\b)"  # not "a woman, 3 papules on the arm"
+AGES = (
+    re.compile(r"\b(\d{1,3})[- ]years?[- ]?olds?\b"),
+    re.compile(r"\b(\d{1,3}) years of age\b"),
+    re.compile(r"\b(?:her|his|their|born) (\d{1,3}) years\b"),
+    re.compile(r"\baged?:? (?:of |is |was )?(\d{1,3})\b"),
+    re.compile(
+        rf"\b(?:man|woman|male|female|boy|girl|lady|gentleman)(?:,? of |, | \(|, aged? | )(\d{{1,3}}){BEHIND_AGE}"
+    ),
+    re.compile(rf"\b(?:he|she|patient) (?:is|was) (\d{{1,3}}){BEHIND_AGE}"),
+    re.compile(
+        r"\b(?:patient|man|woman|male|female|person|individual)(?: of| aged)? (?:about|around|approximately|roughly|"
+        r"nearly|almost|some) "
+        r"(\d{1,3})\b(?! ?(?:mm|cm|%))"
+    ),
+    re.compile(r"[a-z](?:, | \()(\d{1,3})(?=, (?!\d)|\)|\.?$|, and\b)(?! ?(?:mm|cm))"),
+)  # each with the number
+
+
+def ages(clean: str) -> list[str]:
+    """The numbers that are said as somebody's age."""
+    return [number for pattern in AGES for number in pattern.findall(clean)]
+
+
+def age_band(word: str) -> range:
+    """The ages that a word like "elderly" may be said of."""
+    first, last = terms()["age_bands"][word]
+    return range(first, last + 1)
+
+
+def in_figures(clean: str) -> str:
+    """The text with an age in words written in figures ("fifty-five years" → "55 years")."""
+    return AGE_IN_WORDS.sub(lambda m: str(TENS[m[1]] + (ONES.index(m[2]) + 1 if m[2] else 0)), clean)
