@@ -119,7 +119,8 @@ def _sentences(choice: Part, part: Part) -> Iterator[str]:
     elif choice["strategy"] in CONTROLS:
         yield "It is a control: what it gains over image-only is not the content of an image's own note."
     yield from _differences(choice)
-    yield from _goals(part) if best else ()
+    if best:
+        yield from _goals(part)
 
 
 def _differences(choice: Part) -> Iterator[str]:
