@@ -107,7 +107,7 @@ def _choice(arms: Mapping[Arm, Seeds], arm: Arm, truth: Truth, seed: int) -> dic
 
 def _summed_confusion(contents: Iterable[Content], truth: Truth, side: str) -> list[list[int]]:
     """Counts [C][C] of a side, truth in rows, summed over an arm's seeds."""
-    out = np.zeros((len(CLASSES), len(CLASSES)), dtype=np.int64)
+    out: np.ndarray = np.zeros((len(CLASSES), len(CLASSES)), dtype=np.int64)
     for content in contents:
         for dataset in truth.scopes()[side]:
             counts = confusions(content, truth, dataset, resampled=False)[0]
