@@ -3,10 +3,11 @@
   dermfm study configs/study/real-small.yaml data=<folder>
   dermfm study configs/study/real-small.yaml data=<folder> tier=2
   dermfm study configs/study/real-small.yaml data=<folder> cells=[0,8] only=[image-only,label,template]
+  dermfm study configs/study/real-small.yaml data=none tables=true
 
 A cell is a strategy × engine × objective × seed; a finished one is a small JSON under <out>/cells, and the same command
 does what is missing. Writes <out>/study.parquet, effects.parquet, study.json, table.md and the page report.html.
---dry-run prints the cells.
+tables=true writes these again from finished cells alone, without images. --dry-run prints the cells.
 """
 
 from __future__ import annotations

@@ -102,12 +102,19 @@ def _samples(reader: ShardReader, places: list[tuple[int, int]]) -> Iterator[tup
 
 
 def record_set(fields: list[dict[str, Any]], notes: list[list[dict[str, Any]]], splits: list[str]) -> RecordSet:
-    """A record set from the fields of a sample's JSON and its notes."""
+    """A record set from the fields of a sample's JSON and its notes. InputError for a label that is none of ours."""
 
     def column(name: str) -> np.ndarray:
         return np.array([str(f.get(name) or "") for f in fields], dtype=object)
 
     labels = np.array([-1 if f.get("label") is None else int(f["label"]) for f in fields], dtype=np.int64)
+    strange = np.flatnonzero((labels < -1) | (labels >= len(CLASSES)))
+    if len(strange):
+        first, label = fields[strange[0]], labels[strange[0]]
+        raise InputError(
+            f"record '{first.get('record_id')}' of {first.get('dataset')}: label {label} is not valid; the classes are "
+            f"0 to {len(CLASSES) - 1}, unknown is null"
+        )
     truth = {
         "classes": labels,
         "subclasses": _indices([f.get("matched_subclass") for f in fields], SUBCLASSES),

@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from dermfm.config import InputError, check_choice, key, nearest
+from dermfm.evaluate.classify import METRICS
 from dermfm.evaluate.records import RecordSet
 from dermfm.records.vocabulary import CLASSES
 
 QUIRKS = ("all_splits_in_pool", "self_in_pool", "merge_identical", "bare_words")
 CLASS_MATCHED = "external, classes as internal"  # a scope of its own: the same records, weighted
+ENDPOINTS = tuple(metric for metric in METRICS if metric not in ("auroc", "ece"))  # predicted classes suffice
 PARTITIONS = ("internal", "external", "dermoscopic", "clinical", "all")
 
 
@@ -32,6 +34,7 @@ class ProtocolConfig:
 
     def __post_init__(self) -> None:
         check_choice("protocol.name", self.name, ("strict", "reference"))
+        check_choice("protocol.endpoint", self.endpoint, ENDPOINTS)
         both = sorted(set(self.internal) & set(self.external))
         if both:
             raise ValueError(f"protocol.external: '{both[0]}' is also in protocol.internal; a data set has one role")

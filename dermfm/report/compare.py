@@ -83,6 +83,7 @@ def endpoint(evaluation: Evaluation) -> Endpoint | None:
     labels, external = evaluation.records.labels, evaluation.protocol["external"]
     points: dict[str, float] = {}
     drawn: dict[str, np.ndarray] = {}
+    counted: dict[str, int] = {}  # an external data set without labels takes no part
     for name, found in answers.items():
         if found is None:
             continue
@@ -95,7 +96,7 @@ def endpoint(evaluation: Evaluation) -> Endpoint | None:
                 values.append(confusion_values(summed)[metric])
         if values:
             mean = np.mean(values, axis=0)
-            points[name], drawn[name] = float(mean[0]), mean[1:]
+            points[name], drawn[name], counted[name] = float(mean[0]), mean[1:], len(values)
     if "model" not in points:
         return None
     bars = {name: Difference(points[name], *interval(drawn[name])) for name in points}
@@ -103,7 +104,7 @@ def endpoint(evaluation: Evaluation) -> Endpoint | None:
     if "frozen probe" in points:
         value = points["model"] - points["frozen probe"]
         apart = Difference(value, *interval(drawn["model"] - drawn["frozen probe"]))
-    return Endpoint(metric, len(external), bars["model"], bars.get("frozen probe"), apart)
+    return Endpoint(metric, counted["model"], bars["model"], bars.get("frozen probe"), apart)
 
 
 def confusions(evaluation: Evaluation) -> list[Confusion]:
@@ -121,9 +122,14 @@ def confusions(evaluation: Evaluation) -> list[Confusion]:
         keep = np.frombuffer(mask, bool)
         if keep.any():
             counts = confusion_matrix(evaluation.records.labels[keep], answers[keep], len(CLASS_CODES))
-            shades = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-            out.append(Confusion(" = ".join(names), int(keep.sum()), CLASS_CODES, counts.tolist(), shades.tolist()))
+            out.append(make_confusion(" = ".join(names), counts))
     return out
+
+
+def make_confusion(title: str, counts: np.ndarray) -> Confusion:
+    """The matrix of counts [C, C], truth in rows, with its shades."""
+    shades = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    return Confusion(title, int(counts.sum()), CLASS_CODES, counts.tolist(), shades.tolist())
 
 
 def _cells(labels: np.ndarray, answers: np.ndarray) -> np.ndarray:

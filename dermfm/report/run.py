@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,9 +16,10 @@ from PIL import Image, UnidentifiedImageError
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from dermfm.config import InputError, read_yaml
+from dermfm.config import InputError, nearest, read_yaml
 from dermfm.evaluate import results
 from dermfm.evaluate.records import RecordSet, TextSet, concatenate, read_split
+from dermfm.evaluate.shift import ENDPOINTS
 from dermfm.metrics import JSONL, read_rows
 from dermfm.samples import image_bytes
 from shards.manifest import Manifest
@@ -26,6 +27,11 @@ from shards.reader import ShardReader
 
 THUMBNAIL = 160  # pixels of the longer side, at most
 ATLAS = "Atlas_"  # the data sets of the embedded atlas begin with it
+# Columns of an evaluation's tables that a page cannot do without.
+NEEDED = {
+    results.IDS: ("kind", "record_id", "strategy", "track", "note_id", "text", "row"),
+    results.PREDICTIONS: ("task", "record_id", "class_set", "eval_strategy", "probabilities"),
+}
 Row = dict[str, Any]
 T = TypeVar("T")
 
@@ -109,6 +115,10 @@ def load_run(folder: str, step: int | None, shards: str | None) -> Run:
     config = read_yaml(file) if file.is_file() else {}
     path = find_metrics(run, step)
     content = results.read_metrics(path)
+    check_parts(path, content["protocol"], ("splits", "internal", "external", "endpoint", "classes"))
+    endpoint = content["protocol"]["endpoint"]
+    if endpoint not in ENDPOINTS:
+        raise InputError(f"{path}: the endpoint '{endpoint}' is not valid; {nearest(endpoint, ENDPOINTS)}")
     manifest = Manifest.load(shards or config.get("shards") or "")
     if manifest.fingerprint != content["manifest"]:
         raise InputError(
@@ -147,11 +157,24 @@ def read_saved(path: Path, read: Callable[[Path], T], job: str = "evaluate") -> 
         raise InputError(f"{path}: cannot be read ({told}); run `dermfm {job}` again") from error
 
 
+def check_parts(path: Path, held: Container[str], needed: Iterable[str]) -> None:
+    """InputError where a file of an evaluation lacks an array or a column."""
+    lacking = next((name for name in needed if name not in held), None)
+    if lacking is not None:
+        raise InputError(f"{path}: has no '{lacking}'; run `dermfm evaluate` again")
+
+
+def _rows(path: Path, columns: Iterable[str]) -> list[Row]:
+    table = read_saved(path, pq.read_table)
+    check_parts(path, table.column_names, columns)
+    return table.to_pylist()
+
+
 def load_evaluation(folder: Path, content: dict[str, Any], manifest: Manifest, splits: list[str]) -> Evaluation:
     """Embeddings, ids and predictions, aligned with the records of the shards. InputError where ids differ."""
     vectors = read_saved(folder / results.EMBEDDINGS, load_file)
-    ids = read_saved(folder / results.IDS, pq.read_table).to_pylist()
-    predictions = read_saved(folder / results.PREDICTIONS, pq.read_table).to_pylist()
+    check_parts(folder / results.EMBEDDINGS, vectors, ("image", "text"))
+    ids, predictions = (_rows(folder / name, columns) for name, columns in NEEDED.items())
     everything = concatenate([read_split(manifest, split, quiet=True) for split in splits])
     place = {record_id: i for i, record_id in enumerate(everything.record_ids)}
     image_ids = [row["record_id"] for row in ids if row["kind"] == "image"]

@@ -15,8 +15,9 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from dermfm.config import InputError
-from dermfm.report import figures, study_tables
+from dermfm.report import chosen, figures, study_tables
 from dermfm.report.run import ATLAS, read_saved
+from dermfm.report.study_tables import tier_name
 from dermfm.report.template import render_template
 from dermfm.report.verdicts import AGAINST, CONTROLS, LEVEL, MARGIN, MIN_SEEDS, NAMES, Effect, answers, conclusion
 from shards.files import write_text
@@ -97,7 +98,8 @@ def write_study_page(folder: str | Path, out: str | Path | None = None, dry_run:
 
 
 def study_table(folder: str | Path) -> str:
-    """The study's main table in Markdown: a line for each strategy, with its conclusion above it."""
+    """The study's main table in Markdown: a line for each strategy, with its conclusion above it; then what validation
+    chose."""
     study = read_study(folder)
     external = external_of(study)
     blocks = []
@@ -105,6 +107,8 @@ def study_table(folder: str | Path) -> str:
         effects = [e for e in study.effects if e.tier == tier]
         table = study_tables.scores(study.rows, tier, external)
         blocks.append(f"{tier_name(tier)}. {conclusion(effects)}\n\n{study_tables.markdown(table, effects)}")
+    if found := chosen.chosen_part(study.summary):
+        blocks.append(chosen.markdown(found, study.summary))
     return "\n\n".join(blocks) + "\n"
 
 
@@ -112,13 +116,15 @@ def page_values(study: Study) -> dict[str, Any]:
     """Everything that the template shows."""
     external = external_of(study)
     return {
-        "title": study.folder.absolute().name,
+        "title": study.summary.get("name") or study.folder.absolute().name,
         "tiers": [tier_values(study, tier, external) for tier in tiers_of(study)],
         "external": external,
         "atlas": all(r["scope"].startswith(ATLAS) for r in study.rows if r["scope_kind"] == "dataset"),
         "level": LEVEL,
         "margin": MARGIN,
         "min_seeds": MIN_SEEDS,
+        "chosen": chosen.chosen_part(study.summary),
+        "looks": chosen.looks_sentence(study.summary),
         "notes": study_tables.note_lines(study.cells),
         "text_labels": study_tables.text_label_lines(study.rows),
         "about": study_tables.about_lines(study.summary, study.cells, study.rows),
@@ -162,11 +168,6 @@ def tier_values(study: Study, tier: Any, external: list[str]) -> dict[str, Any]:
 def tiers_of(study: Study) -> list[Any]:
     """The tiers of the study, in order."""
     return sorted({row["tier"] for row in study.rows if row["tier"] is not None}, key=str)
-
-
-def tier_name(tier: Any) -> str:
-    """A tier for people."""
-    return {"1": "Tier 1, frozen towers", "2": "Tier 2, fine-tuned towers"}.get(str(tier), f"Tier {tier}")
 
 
 def external_of(study: Study) -> list[str]:

@@ -18,8 +18,9 @@ Row = dict[str, Any]
 METRIC = "f1_macro"
 NO_OBJECTIVE = "none"  # of the frozen probe, which stands beside the controls
 MEAN = "external mean"
+FINISHED = "finished cells"  # of the counts of looks at external sets
 SETTINGS = ("lr", "text_weight")  # what a study searches over
-SHOWN_BEFORE = ("looks_at_external", "endpoint")
+SHOWN_BEFORE = ("looks_at_external", "looks", "endpoint", "chosen", "name")
 TITLES = {
     "manifests": "Data (fingerprint of the shards)",
     "config": "Budget and recipe of a cell",
@@ -137,7 +138,7 @@ def search_lines(cells: Iterable[Mapping[str, Any]]) -> list[tuple[str, int, int
             told = ", ".join(f"{name.replace('_', ' ')} {chosen[name]:g}" for name in SETTINGS if name in chosen)
             key = (cell["tier"], cell["strategy"])
             tried[key] = len(search["tries"])
-            votes.setdefault(key, Counter())[told] += 1
+            votes.setdefault(key, Counter())[told or "that of the configuration"] += 1
     return [
         (strategy, tier, tried[tier, strategy], "; ".join(f"{what} ({n}×)" for what, n in counts.most_common()))
         for (tier, strategy), counts in sorted(votes.items())
@@ -153,13 +154,18 @@ def about_lines(summary: Mapping[str, Any], cells: Sequence[Mapping[str, Any]], 
         "Seeds": plain(sorted({r["seed"] for r in rows if r["seed"] is not None})),
         "Looks at the external test sets": _looks(summary, counted),
         "Data (fingerprint of the shards)": plain(manifests) if manifests else "",
-        "Versions": plain(_common([c.get("versions") or {} for c in cells])),
+        "Versions": plain(common_versions([c.get("versions") or {} for c in cells])),
     }
     for name, value in summary.items():
         if name not in SHOWN_BEFORE and value not in (None, [], {}, ""):
             title = TITLES.get(name, name.replace("_", " ").capitalize())
             lines[title] = lines.get(title) or plain(value)
     return [(term, text) for term, text in lines.items() if text]
+
+
+def tier_name(tier: Any) -> str:
+    """A tier for people."""
+    return {"1": "Tier 1, frozen towers", "2": "Tier 2, fine-tuned towers"}.get(str(tier), f"Tier {tier}")
 
 
 def arm_name(key: tuple[str, str, str], rows: Sequence[Row]) -> str:
@@ -228,10 +234,12 @@ def _effect_text(effect: Effect | None) -> str:
 def _looks(summary: Mapping[str, Any], counted: set[Any]) -> str:
     """How often external test sets were scored: what the study says, else once for every finished cell."""
     count = summary.get("looks_at_external") or len(counted)
-    return f"{count}: every finished cell was scored on them once, and none of these scores chose anything"
+    beside = [f"{n} × {what}" for what, n in (summary.get("looks") or {}).items() if what != FINISHED]
+    told = f"; beside that {', '.join(beside)}" if beside else ""
+    return f"{count}: every finished cell was scored on them once{told}; none of these scores chose anything"
 
 
-def _common(found: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+def common_versions(found: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Versions of all cells; where they differ, all of them."""
     names = dict.fromkeys(name for one in found for name in one)
     return {name: " and ".join(sorted({str(one[name]) for one in found if name in one})) for name in names}

@@ -24,7 +24,7 @@ from dermfm.evaluate.results import ROW_KEYS
 from dermfm.study.config import Cell, defaults, differences
 from shards.files import write_text
 
-FOLDER, SCORED = "cells", "scored.parquet"
+FOLDER, SCORED, REPLACED = "cells", "scored.parquet", "replaced.jsonl"
 KEPT_DIGITS = 6
 SCORED_FIELDS = ("record_id", "dataset", "group_id", "modality", "split", "label", "age", "sex", "site", "fitzpatrick")
 NEEDED = ("id", "tier", "strategy", "engine", "objective", "seed", "made_of", "results", "predicted")
@@ -38,9 +38,13 @@ def path_of(out: str | Path, cell: Cell) -> Path:
 def write_cell(
     out: str | Path, cell: Cell, content: Mapping[str, Any], probabilities: Mapping[str, np.ndarray]
 ) -> Path:
-    """Write probabilities (split → [n, C]) and then the JSON, both under temporary names first."""
+    """Write probabilities (split → [n, C]) and then the JSON, both under temporary names first.
+
+    A cell that is made again has been scored once more than one sees: replaced.jsonl gets a line of the former one.
+    """
     path = path_of(out, cell)
     path.parent.mkdir(parents=True, exist_ok=True)
+    former = read_cell(path) if path.is_file() else None
     arrays = path.with_suffix(".npz")
     with arrays.with_suffix(".npz.tmp").open("wb") as file:
         np.savez_compressed(file, **{split: p.astype(np.float16) for split, p in probabilities.items()})  # type: ignore[arg-type]
@@ -48,7 +52,16 @@ def write_cell(
     made_of = content["made_of"]
     head = {"id": cell.id, **dataclasses.asdict(cell), "config_hash": short_hash(made_of)} | dict(content)
     write_text(path, _one_line_a_row(head))
+    if former is not None:
+        with (Path(out) / REPLACED).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"id": former["id"], "config_hash": former.get("config_hash")}) + "\n")
     return path
+
+
+def num_replaced(out: str | Path) -> int:
+    """How many finished cells of the folder were made again."""
+    path = Path(out) / REPLACED
+    return len(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else 0
 
 
 def read_cells(out: str | Path) -> list[dict[str, Any]]:
@@ -57,12 +70,15 @@ def read_cells(out: str | Path) -> list[dict[str, Any]]:
 
 
 def take_up(out: str | Path, results: str | Path) -> int:
-    """Copy finished cells that `results` has and `out` lacks; how many."""
+    """Copy finished cells that `results` has and `out` lacks, how many; and what stands beside them there."""
     there = {path.name for path in (Path(out) / FOLDER).glob("*.json")}
     lacking = [path for path in sorted((Path(results) / FOLDER).glob("*.json")) if path.name not in there]
     for path in lacking:
         read_cell(path)
         _copy(path, Path(out) / FOLDER)
+    for name in (SCORED, REPLACED):
+        if (Path(results) / name).is_file() and not (Path(out) / name).is_file():
+            _copy(Path(results) / name, Path(out))
     return len(lacking)
 
 
@@ -72,6 +88,8 @@ def publish(out: str | Path, results: str | Path, names: Sequence[str]) -> None:
         _copy(path, Path(results) / FOLDER)
     for name in (SCORED, *names):
         _copy(Path(out) / name, Path(results))
+    if (Path(out) / REPLACED).is_file():
+        _copy(Path(out) / REPLACED, Path(results))
 
 
 def _copy(path: Path, folder: Path) -> None:

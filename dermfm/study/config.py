@@ -32,6 +32,8 @@ UNTESTED = (IMAGE_ONLY, LABEL, *control_notes.CONTROLS)
 BEST = "best"
 NAME = re.compile(r"[\w.-]+")
 NO_ENGINE, FIXED_ENGINE = "none", "template"
+ENDPOINT = "f1_macro"  # of image classification, mean over the external data sets
+PROBE, NO_OBJECTIVE = "frozen-probe", "none"  # the probe stands beside the cells, without an objective
 
 
 @dataclass(kw_only=True)
@@ -156,6 +158,13 @@ class StudyConfig:
         None,
         "folder in version control that finished cells (without probabilities) and tables are taken from and put in",
     )
+    goals: dict[str, float] = key(
+        {}, "weighted F1 asked for beforehand of the model that validation chooses: internal, external or a data set"
+    )
+    other_looks: dict[str, int] = key(
+        {}, "times that the external sets were scored beside the finished cells: what for → how often"
+    )
+    tables: bool = key(False, "only write tables and page anew, from the finished cells alone; needs no images")
     only: list[str] = key([], "do the cells, and write the notes, of these strategies only for now; empty: all")
     cells: list[int] = key([0, 1], "[k, n]: do the cells whose number mod n is k, as one of n jobs on the same folder")
     resamples: int = key(2000, "bootstrap resamples of groups for the effects")
@@ -171,6 +180,10 @@ class StudyConfig:
         check_range("resamples", self.resamples, 200)
         check_range("cell_resamples", self.cell_resamples, 20)
         _check_cells(self.cells)
+        for name, goal in self.goals.items():
+            check_range(f"goals.{name}", goal, 0, 1)
+        for name, count in self.other_looks.items():
+            check_range(f"other_looks.{name}", count, 0)
         for name in CONTROLS:
             if name not in self.controls:
                 raise ValueError(
@@ -205,6 +218,12 @@ class StudyConfig:
         ):
             if not given:
                 raise ValueError(f"{what}: at least one is needed")
+        for what, name, names in (
+            ("objectives", NO_OBJECTIVE, [objective.name for objective in self.objectives]),
+            ("strategies", PROBE, self.strategies),
+        ):
+            if name in names:
+                raise ValueError(f"{what}: '{name}' is the name of the frozen probe, which stands beside the cells")
         for name, members in self.mixes.items():
             if len(set(members)) < 2 or set(members) & {IMAGE_ONLY, *control_notes.CONTROLS, *self.mixes}:
                 raise ValueError(
@@ -219,6 +238,11 @@ class StudyConfig:
         check_choice("of", self.of, [n for n in (LABEL, TEMPLATE, *self.strategies) if n not in self.mixes])
 
     def _check_tiers(self) -> None:
+        if self.protocol.endpoint != ENDPOINT:
+            raise ValueError(
+                f"protocol.endpoint: '{self.protocol.endpoint}', but the endpoint of a study, named before, is "
+                f"'{ENDPOINT}'; leave it out"
+            )
         for objective in self.objectives:
             weights = objective.weights
             check_objectives(weights, self.tokens.model, self.tokens.contrastive_batch)

@@ -19,10 +19,10 @@ from dermfm.evaluate.classify import confusion_matrix, confusion_values
 from dermfm.evaluate.shift import ProtocolConfig
 from dermfm.evaluate.statistics import Draws, draw_groups, draw_seeds, holm, interval, two_sided_p
 from dermfm.study.cells import predicted_classes
-from dermfm.study.config import REFERENCES, UNTESTED
+from dermfm.study.config import ENDPOINT, REFERENCES, UNTESTED
 
 LEVEL = 0.05
-PRIMARY = ("f1_macro", "external")
+PRIMARY = (ENDPOINT, "external")
 METRICS = ("f1_macro", "balanced_accuracy", "f1_weighted")
 Arm = tuple[int, str, str, str]  # tier, strategy, engine, objective
 Endpoint = tuple[str, str]  # metric, scope: external, internal (means over data sets), or a data set
@@ -71,19 +71,10 @@ class Truth:
 
 def measure(content: Mapping[str, Any], truth: Truth) -> dict[Endpoint, Measured]:
     """Every endpoint of a cell from its predicted classes."""
-    predicted = predicted_classes(content)
-    if len(predicted) != len(truth.labels):
-        raise ValueError(f"{content['id']}: predicts {len(predicted)} records, but {len(truth.labels)} are scored")
-    size = max(truth.num_classes, int(predicted.max(initial=0)) + 1)
     points: dict[tuple[str, str], float] = {}
     drawn: dict[tuple[str, str], np.ndarray] = {}
     for dataset in [*truth.protocol.external, *truth.protocol.internal]:
-        rows = truth.rows(dataset)
-        labels, answers = truth.labels[rows], predicted[rows].astype(np.int64)
-        one_hot = np.zeros((len(rows), size, size))
-        one_hot[np.arange(len(rows)), labels, answers] = 1.0
-        of_point = confusion_values(confusion_matrix(labels, answers, size))
-        of_draws = confusion_values(truth.draws.sums(one_hot, rows))
+        of_point, of_draws = (confusion_values(matrices) for matrices in confusions(content, truth, dataset))
         for metric in METRICS:
             points[metric, dataset], drawn[metric, dataset] = float(of_point[metric]), of_draws[metric]
     return {
@@ -93,6 +84,24 @@ def measure(content: Mapping[str, Any], truth: Truth) -> dict[Endpoint, Measured
         for metric in METRICS
         for scope, datasets in truth.scopes().items()
     }
+
+
+def confusions(
+    content: Mapping[str, Any], truth: Truth, dataset: str, resampled: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
+    """A cell's confusion matrix [C, C] in a data set, and that of every resample [resamples, C, C] (or of none)."""
+    predicted = predicted_classes(content)
+    if len(predicted) != len(truth.labels):
+        raise ValueError(f"{content['id']}: predicts {len(predicted)} records, but {len(truth.labels)} are scored")
+    size = max(truth.num_classes, int(predicted.max(initial=0)) + 1)
+    rows = truth.rows(dataset)
+    labels, answers = truth.labels[rows], predicted[rows].astype(np.int64)
+    point = confusion_matrix(labels, answers, size)
+    if not resampled:
+        return point, np.zeros((0, size, size))
+    one_hot = np.zeros((len(rows), size, size))
+    one_hot[np.arange(len(rows)), labels, answers] = 1.0
+    return point, truth.draws.sums(one_hot, rows)
 
 
 def effects(contents: Sequence[Mapping[str, Any]], truth: Truth, seed: int) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from dermfm.config import InputError, short_hash
+from dermfm.config import InputError, nearest, short_hash
 from dermfm.evaluate.records import RecordSet, read_split
 from dermfm.evaluate.shift import ProtocolConfig, resolve_roles
 from dermfm.evaluate.zeroshot import make_prompts
@@ -66,6 +66,8 @@ def prepare(config: StudyConfig) -> Shared:
     sets = {split: read_split(manifest, split) for split in SPLITS}
     trained = sorted(set(sets["train"].datasets))
     protocol = resolve_roles(config.protocol, sorted(set(sets["test"].datasets)), trained)
+    check_roles(protocol, sets["test"])
+    check_goals(config.goals, protocol)
     stored.write_scored(config.out, sets["test"])
     return Shared(manifest, sets, notes, protocol)
 
@@ -92,6 +94,30 @@ def check_labels(manifest: Manifest) -> None:
                 f"records: the split '{split}' has labels of {len(known)} classes; a study needs two or more, "
                 "look at the column label of records.parquet"
             )
+
+
+def check_roles(protocol: ProtocolConfig, scored: RecordSet) -> None:
+    """InputError where the endpoint would not be defined: a side without data sets, a data set without any label."""
+    for side in ("internal", "external"):
+        if not getattr(protocol, side):
+            raise InputError(
+                f"protocol.{side}: no data set with test records is {side}; a study needs both sides, "
+                f"name some of {', '.join(sorted(set(scored.datasets)))}"
+            )
+    for name in [*protocol.internal, *protocol.external]:
+        if not (scored.labels[scored.datasets == name] >= 0).any():
+            raise InputError(
+                f"records: no test record of data set '{name}' has a label, so nothing can be scored there; "
+                "leave it out of records.datasets"
+            )
+
+
+def check_goals(goals: Mapping[str, float], protocol: ProtocolConfig) -> None:
+    """InputError for a goal that is neither a side nor a data set of the protocol."""
+    known = ["internal", "external", *protocol.internal, *protocol.external]
+    for name in goals:
+        if name not in known:
+            raise InputError(f"goals: there is no '{name}'; {nearest(name, known)}")
 
 
 def device_of(config: StudyConfig) -> str:

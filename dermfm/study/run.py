@@ -6,6 +6,7 @@ folder, each with its share of the cells; whoever ends last writes the whole tab
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,19 +17,19 @@ import numpy as np
 from dermfm.config import InputError, to_dict, to_yaml
 from dermfm.evaluate.probe import fit_probe
 from dermfm.evaluate.records import CLASS_SETS
+from dermfm.evaluate.shift import ProtocolConfig
 from dermfm.progress import Meter, duration
 from dermfm.study import cells as stored
 from dermfm.study import tier2
-from dermfm.study.config import IMAGE_ONLY, Cell, StudyConfig, all_cells
+from dermfm.study.config import BEST, IMAGE_ONLY, NO_ENGINE, NO_OBJECTIVE, PROBE, Cell, StudyConfig, all_cells
 from dermfm.study.notes import CellNotes, cell_notes, plan_engine
-from dermfm.study.prepare import Shared, prepare, prepare_tokens
+from dermfm.study.prepare import Shared, check_goals, prepare, prepare_tokens
 from dermfm.study.score import Scorer, versions
-from dermfm.study.tables import write_tables
+from dermfm.study.tables import CONFIG, write_tables
 from dermfm.study.tier1 import Data, alone, train_cell
 from shards.files import write_text
 
 RunJob = Callable[[str, Any, Path], int]
-PROBE = "frozen-probe"
 
 
 def run_study(config: StudyConfig, run_job: RunJob) -> int:
@@ -37,9 +38,12 @@ def run_study(config: StudyConfig, run_job: RunJob) -> int:
     """
     check(config)
     Path(config.out).mkdir(parents=True, exist_ok=True)
-    write_text(Path(config.out) / "study.yaml", to_yaml(config))
     if config.results and (taken := stored.take_up(config.out, config.results)):
         print(f"cells: {taken} taken from {config.results}")
+    if config.tables:
+        write_tables(config, all_cells(config, best_of(config)), {}, told_protocol(config))
+        return 0
+    write_text(Path(config.out) / CONFIG, to_yaml(config))
     shared = prepare(config)
     every = all_cells(config, best_of(config))
     cells = [cell for cell in every if not config.only or cell.strategy in config.only]
@@ -56,8 +60,10 @@ def run_study(config: StudyConfig, run_job: RunJob) -> int:
 
 
 def check(config: StudyConfig) -> None:
-    """What the study would refuse at its start: unknown strategies, a tier 2 without its tier 1."""
+    """What the study would refuse at its start: unknown strategies, a tier 2 without its tier 1, tables of nothing."""
     config.written()
+    if config.tables:
+        told_protocol(config)
     if config.tier == 2:
         best_of(config)
 
@@ -68,6 +74,9 @@ def describe(config: StudyConfig) -> list[str]:
     cells = all_cells(config, best_of(config))
     there = {cell for cell in cells if stored.path_of(config.out, cell).is_file()}
     lines = [f"{cell.id}{'  done' if cell in there else ''}" for cell in cells]
+    told = f"{len(cells)} cells of tier {config.tier}, {len(there)} done"
+    if config.tables:
+        return [*lines, f"{told}; tables and page would be written anew"]
     shared = [f"records {config.records.out}", f"shards {config.shards.out}", f"notes {config.notes.out}"]
     if config.tier == 1:
         shared.append(f"tokens of {config.tokens.model.image.name} and {config.tokens.model.text.name}")
@@ -81,7 +90,7 @@ def describe(config: StudyConfig) -> list[str]:
     )
     return [
         *lines,
-        f"{len(cells)} cells of tier {config.tier}, {len(there)} done; each sees the same samples ({budget})",
+        f"{told}; each sees the same samples ({budget})",
         f"shared by all: {', '.join(shared)}",
     ]
 
@@ -91,10 +100,10 @@ def best_of(config: StudyConfig) -> list[str]:
 
     InputError where tier 1 has no finished cell of a strategy that is tested.
     """
-    if config.tier == 1 or "best" not in config.tier2_strategies:
+    if config.tier == 1 or BEST not in config.tier2_strategies:
         return []
     scores: dict[tuple[str, str], list[float]] = {}
-    for content in stored.read_cells(config.out):
+    for content in finished_cells(config):
         if content["tier"] == 1 and content["strategy"] in config.strategies and content["notes"]["tested"]:
             found = content["search"]["tries"][content["search"]["chosen"]]["f1_macro"]
             scores.setdefault((content["strategy"], content["engine"]), []).append(found)
@@ -104,6 +113,30 @@ def best_of(config: StudyConfig) -> list[str]:
         )
     best = max(sorted(scores), key=lambda pair: float(np.mean(scores[pair])))
     return list(best)
+
+
+def finished_cells(config: StudyConfig) -> list[dict[str, Any]]:
+    """The finished cells of `out`, and of `results` those that `out` has not taken up yet."""
+    folders = [config.results, config.out] if config.results else [config.out]
+    found = {content["id"]: content for folder in folders for content in stored.read_cells(folder)}
+    return [found[name] for name in sorted(found)]
+
+
+def told_protocol(config: StudyConfig) -> ProtocolConfig:
+    """The protocol with the roles that the configuration gives, else those that the finished cells were made with.
+
+    InputError where there is no finished cell.
+    """
+    made = next((c["made_of"] for c in finished_cells(config) if "external" in c["made_of"]), None)
+    if made is None:
+        raise InputError(f"tables: {config.out} has no finished cell; run the study without tables=true first")
+    protocol = dataclasses.replace(
+        config.protocol,
+        internal=config.protocol.internal or made["internal"],
+        external=config.protocol.external or made["external"],
+    )
+    check_goals(config.goals, protocol)
+    return protocol
 
 
 def ingredients(config: StudyConfig, cell: Cell, notes: CellNotes, shared: Shared) -> dict[str, Any]:
@@ -166,7 +199,7 @@ def _run_tier1(
 
 def _probe(config: StudyConfig, scorer: Scorer, data: Data, shared: Shared) -> None:
     """The frozen probe beside the cells: a balanced logistic regression on the mean token, chosen on validation."""
-    cell = Cell(1, PROBE, "none", "none", 0)
+    cell = Cell(1, PROBE, NO_ENGINE, NO_OBJECTIVE, 0)
     made_of = {"records": shared.fingerprint, "images": data.images.identity}
     path = stored.path_of(config.out, cell)
     if path.is_file() and not stored.stale(stored.read_cell(path), made_of):

@@ -14,9 +14,12 @@ import pyarrow.parquet as pq
 from dermfm.config import to_dict
 from dermfm.evaluate.results import ROW_KEYS
 from dermfm.evaluate.shift import ProtocolConfig
-from dermfm.report.study import study_table, write_study_page
+from dermfm.report.study import CONFIG, study_table, write_study_page
+from dermfm.report.study_tables import FINISHED, common_versions
+from dermfm.report.verdicts import MIN_SEEDS
 from dermfm.study import cells as stored
-from dermfm.study.config import REFERENCES, Cell, StudyConfig
+from dermfm.study.chosen import chosen_models
+from dermfm.study.config import NO_OBJECTIVE, REFERENCES, Cell, StudyConfig
 from dermfm.study.effects import EFFECT_SCHEMA, LEVEL, PRIMARY, Truth, effects
 from shards.files import write_text
 
@@ -50,16 +53,18 @@ def write_tables(
     known = {cell.id: made for cell, made in made_of.items()}
     contents = [c for c in stored.read_cells(config.out) if c["tier"] != config.tier or _counts(c, names, known)]
     truth = Truth(stored.read_scored(config.out), protocol, config.resamples, config.seed)
-    found = effects([c for c in contents if c["objective"] != "none"], truth, config.seed)
+    found = effects([c for c in contents if c["objective"] != NO_OBJECTIVE], truth, config.seed)
     out = Path(config.out)
     _write(pa.Table.from_pylist([row for c in contents for row in cell_rows(c)], schema=STUDY_SCHEMA), out / STUDY)
     _write(pa.Table.from_pylist(found, schema=EFFECT_SCHEMA), out / EFFECTS)
     about = summary(config, contents, cells, protocol, found)
+    about |= {"chosen": chosen_models(contents, truth, config.goals, config.seed)}
     write_text(out / SUMMARY, json.dumps(about, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     write_text(out / TABLE, study_table(out))
     page = write_study_page(out)
     if config.results:
-        stored.publish(out, config.results, (STUDY, EFFECTS, SUMMARY, TABLE, page.name))
+        told = [CONFIG] if (out / CONFIG).is_file() else []
+        stored.publish(out, config.results, (STUDY, EFFECTS, SUMMARY, TABLE, page.name, *told))
     print("\n".join(verdict(found)))
     print(f"{out / STUDY}, {out / EFFECTS}, {out / TABLE}: {len(contents)} cells, {len(found)} effects")
     return page
@@ -70,7 +75,7 @@ def _counts(content: Mapping[str, Any], names: set[str], known: Mapping[str, Map
 
     Of cells that `only` leaves out for now it is not known what they would be made of; they count.
     """
-    if content["objective"] == "none":
+    if content["objective"] == NO_OBJECTIVE:
         return True
     made_of = known.get(content["id"])
     return content["id"] in names and (made_of is None or not stored.stale(content, made_of))
@@ -98,32 +103,46 @@ def summary(
 ) -> dict[str, Any]:  # fmt: skip
     """What a reader of the tables must know: protocol, looks, search, cells that are missing, versions."""
     done = {c["id"] for c in contents}
+    tiers = sorted({c["tier"] for c in contents} | {config.tier})
+    scored = looks(config, contents)
     return {
+        "name": Path(config.results or config.out).absolute().name,
         "endpoint": {"metric": PRIMARY[0], "task": "classify-image", "scope": "mean over the external data sets"},
         "family": {
-            "comparisons": sum(row["primary"] for row in found),
+            "comparisons": {f"tier {t}": sum(r["primary"] and r["tier"] == t for r in found) for t in tiers},
             "references": list(REFERENCES),
             "strategies": sorted({row["strategy"] for row in found}),
-            "correction": f"Holm, level {LEVEL:g}",
+            "correction": f"Holm within each tier, level {LEVEL:g}",
         },
         "intervals": "95 % percentile bootstrap: groups within strata of data sets, the same draw for both arms; seeds "
         "as second level",
         "resamples": config.resamples,
         "protocol": to_dict(protocol),
-        "selection": "the setting of each cell by macro F1 on the internal validation split",
-        "looks_at_external": looks(contents),
+        "selection": "by macro F1 on the internal validation split: in tier 1 the setting of each cell; tier 2 has one "
+        "setting for all cells, and the last checkpoint of each run is scored",
+        "looks_at_external": sum(scored.values()),
+        "looks": scored,
         "cells": {"finished": len(done), "missing": [cell.id for cell in cells if cell.id not in done]},
         "not_a_test": sorted({c["strategy"] for c in contents if not c["notes"]["tested"]}),
         "manifests": sorted({c["manifest"] for c in contents if c.get("manifest")}),
-        "versions": next((c["versions"] for c in contents if c.get("versions")), {}),
-        "config": to_dict(config.tokens if config.tier == 1 else config.train),
+        "versions": common_versions([c.get("versions") or {} for c in contents]),
+        "config": {f"tier {tier}": _recipe(config, contents, tier) for tier in tiers},
     }
 
 
-def looks(contents: Sequence[Mapping[str, Any]]) -> int:
-    """How often a trained model has been scored on the external test sets in this study: once a cell, never while its
-    setting was chosen."""
-    return len(contents)
+def looks(config: StudyConfig, contents: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """How often a trained model has been scored on the external test sets in this study, and what for: once a finished
+    cell (never while its setting was chosen), once more for every one that was made again, and what the configuration
+    says of other times."""
+    again = stored.num_replaced(config.out)
+    return {FINISHED: len(contents)} | ({"cells made again": again} if again else {}) | config.other_looks
+
+
+def _recipe(config: StudyConfig, contents: Sequence[Mapping[str, Any]], tier: int) -> dict[str, Any]:
+    """Budget and recipe of a tier's cells: what they were made with; without any, what the configuration says."""
+    name = "tokens" if tier == 1 else "train"
+    made = next((c["made_of"][name] for c in contents if c["tier"] == tier and name in c["made_of"]), None)
+    return made or to_dict(config.tokens if tier == 1 else config.train)
 
 
 def verdict(found: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -134,7 +153,9 @@ def verdict(found: Sequence[Mapping[str, Any]]) -> list[str]:
             f"{row['effect']:+.3f} [{_signed(row['ci_low'])}, {_signed(row['ci_high'])}], Holm p {row['p_holm']:.3f}"
         )
         what = "no evidence either way"
-        if row["significant"]:
+        if len(row["seeds"]) < MIN_SEEDS:
+            what = f"too few seeds, {MIN_SEEDS} are needed"
+        elif row["significant"]:
             what = "better" if row["effect"] > 0 else "worse"
         lines.append(f"tier {row['tier']} {row['strategy']} against {row['reference']}: {shown}: {what}")
     return lines

@@ -266,7 +266,7 @@ def test_reports_are_marked_by_their_records(run: SimpleNamespace, text: str) ->
 
 
 @pytest.mark.parametrize("name", ["metrics.json", "embeddings.safetensors", "ids.parquet", "predictions.parquet"])
-@pytest.mark.parametrize("damage", ["cut", "gone"])
+@pytest.mark.parametrize("damage", ["cut", "gone", "another table"])
 def test_a_damaged_or_missing_file_is_one_line(
     run: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture, name: str, damage: str
 ) -> None:
@@ -276,6 +276,8 @@ def test_a_damaged_or_missing_file_is_one_line(
     (folder / name).unlink()
     if damage == "cut":
         (folder / name).write_bytes(whole[: len(whole) // 2])
+    elif damage == "another table":
+        pq.write_table(pa.table({"a": [1]}), folder / name)
     assert main(["report", f"run={folder}", f"shards={run.shards}", "--dry-run"]) == 2
     error = capsys.readouterr().err.strip()
     assert name in error

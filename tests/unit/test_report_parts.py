@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 from sklearn.calibration import calibration_curve
+from sklearn.metrics import f1_score
 
-from dermfm.report import breakdown, embedding_map, figures, generated, protocol, tables, tasks
+from dermfm.evaluate.statistics import draw_groups
+from dermfm.report import breakdown, compare, embedding_map, figures, generated, protocol, tables, tasks
 from dermfm.report.generated import CONTRADICTED, MISSING, SUPPORTED, UNSUPPORTED
 
 FACTS = {"image": "dermoscopic", "age": "55", "sex": "female", "diagnosis": "melanoma", "malignancy": "malignant"}
@@ -33,6 +35,19 @@ def test_reliability_is_that_of_scikit_learn() -> None:
     np.testing.assert_allclose(found.accuracy[used], accuracy)
     np.testing.assert_allclose(found.confidence[used], mean)
     assert found.ece == pytest.approx(np.sum(found.counts[used] / 400 * np.abs(accuracy - mean)))
+
+
+def test_an_external_data_set_without_labels_is_not_counted_in_the_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    labels, answers = np.array([0, 1, 1, 0, -1, -1]), np.array([0, 1, 0, 0, 1, 1])
+    records = SimpleNamespace(labels=labels, datasets=np.array([*"AAAABB"], dtype=object))
+    evaluation = SimpleNamespace(records=records, protocol={"endpoint": "f1_macro", "external": ["A", "B"]})
+    draws = draw_groups(np.arange(6), records.datasets, 20, 0)
+    monkeypatch.setattr(compare, "predicted", lambda _, task: answers if task == "classify-image" else None)
+    monkeypatch.setattr(compare, "draws_of", lambda _: draws)
+    found = compare.endpoint(evaluation)  # type: ignore[arg-type]
+    assert found is not None
+    assert found.num_datasets == 1
+    assert found.model.value == pytest.approx(f1_score(labels[:4], answers[:4], average="macro"))
 
 
 def test_subgroups_are_grouped_by_attribute_and_ordered() -> None:

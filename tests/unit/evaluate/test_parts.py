@@ -160,3 +160,10 @@ def test_the_ensemble_is_the_mean_of_all_prompts_of_a_class() -> None:
     (bare,) = [i for i in own if prompts.texts[i] == "melanoma"]
     unit = vectors[bare] / np.linalg.norm(vectors[bare])
     np.testing.assert_allclose(class_vectors(prompts, vectors, "classes", "bare")[6], unit)
+
+
+@pytest.mark.parametrize("label", [8, -2])
+def test_a_label_that_is_no_class_is_refused_with_its_record(label: int) -> None:
+    fields = [{"record_id": f"r{i}", "dataset": "A", "label": value} for i, value in enumerate((0, None, label))]
+    with pytest.raises(InputError, match=f"record 'r2' of A: label {label} is not valid; the classes are 0 to 7"):
+        record_set(fields, [[]] * 3, ["test"] * 3)

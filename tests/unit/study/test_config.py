@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 
 from dermfm.config import InputError, load, to_dict
+from dermfm.evaluate.records import record_set
+from dermfm.evaluate.shift import ProtocolConfig
 from dermfm.study.config import CONTROLS, StudyConfig, TokensConfig, all_cells, differences
+from dermfm.study.prepare import check_roles
 
 ATLAS = "configs/study/atlas.yaml"
 
@@ -73,6 +76,12 @@ def test_every_cell_tries_as_many_settings(root):
         ),
         ("objectives=[{name: a/b}]", "'a/b' is not a name"),
         ("tier=3", "tier: '3' is not valid"),
+        ("objectives=[{name: none}]", "objectives: 'none' is the name of the frozen probe"),
+        ("strategies=[frozen-probe]", "strategies: 'frozen-probe' is the name of the frozen probe"),
+        ("protocol.endpoint=accuracy", "protocol.endpoint: 'accuracy', but the endpoint of a study, named before, is"),
+        ("protocol.endpoint=f1_makro", "protocol.endpoint: 'f1_makro' is not valid; did you mean 'f1_macro'"),
+        ("goals={external: 33}", "goals.external: 33 is not valid; it must be between 0 and 1"),
+        ("other_looks={before: -1}", "other_looks.before: -1 is not valid"),
     ],
 )
 def test_contradictory_cells_are_one_line(root, item, message):
@@ -95,3 +104,13 @@ def test_a_new_key_at_its_default_does_not_make_a_cell_stale():
     nested = before | {"optimizer": before["optimizer"] | {"weight_decay": 1.0}}
     assert differences(nested, now, default) == ["optimizer.weight_decay"]
     assert differences(before | {"gone": 1}, now, default) == ["gone"]
+
+
+def test_a_side_without_data_sets_and_a_data_set_without_labels_are_refused():
+    fields = [{"dataset": d, "label": label} for d, label in (("home", 1), ("away", 2), ("blank", None))]
+    scored = record_set(fields, [[]] * 3, ["test"] * 3)
+    check_roles(ProtocolConfig(internal=["home"], external=["away"]), scored)
+    with pytest.raises(InputError, match=r"protocol.external: no data set with test records is external; .* away, b"):
+        check_roles(ProtocolConfig(internal=["home", "away"]), scored)
+    with pytest.raises(InputError, match="no test record of data set 'blank' has a label"):
+        check_roles(ProtocolConfig(internal=["home"], external=["away", "blank"]), scored)
