@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import cv2
 import numpy as np
 
 from dermfm.records.measure.border import border
@@ -14,9 +15,9 @@ from dermfm.records.measure.shape import asymmetry, irregularity, relative_size
 from dermfm.records.measure.skin import band, fitzpatrick, skin_angle
 from dermfm.records.measure.texture import texture
 
-VERSION = 3  # raise it when a measure changes: older values are measured again
+VERSION = 4  # raise it when a measure changes: older values are measured again
 ASYMMETRIC = 0.13  # from which a lesion is called asymmetric
-SHARP, INDISTINCT = 0.55, 0.4  # sharpness above and below which a border is called so; between: mixed
+SHARP, INDISTINCT = 0.64, 0.5  # sharpness above and below which a border is called so; between: mixed; of the atlas
 MIN_CONFIDENCE = 0.23  # of the mask, below which the lesion counts as not found and nothing of it is told
 # How often the outline fails (MIN_CONFIDENCE was set on the same images; the search had three rounds then, two since).
 JUDGED = (
@@ -71,7 +72,7 @@ def _shape_columns(found: LesionMask) -> dict[str, Any]:
 
 
 def _border_columns(found: LesionMask) -> dict[str, Any]:
-    seen = border(found.lab, found.mask, found.valid, found.edge)
+    seen = border(cv2.transform(found.lab, found.white), found.mask, found.valid, found.edge)
     if seen is None:
         return {"measured_border_confidence": 0.0}
     value = seen.sharpness
