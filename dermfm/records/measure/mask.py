@@ -99,12 +99,12 @@ def find_lesion(pixels: np.ndarray) -> LesionMask:
     distance = skin_distance(fine, skin, white)
     for certain, pen in OUTLINES:
         unlike = above_skin(unlikeness(distance, certain), outside)
-        mask = refined(unlike, _whole(mask, unlike) if pen is COARSE else mask, seen, pen)
+        mask = refined(unlike, whole_lesion(mask, unlike) if pen is COARSE else mask, seen, pen)
     edge = sharpest_edge((lab if clean is pixels else to_lab(pixels))[..., 0])
     return LesionMask(clean, lab, white, mask, seen, edge, score)
 
 
-def _whole(mask: np.ndarray, unlike: np.ndarray) -> np.ndarray:
+def whole_lesion(mask: np.ndarray, unlike: np.ndarray) -> np.ndarray:
     """Where the outline is looked for first: the convex hull of the mask without its stalks, or of that with the pale
     parts around it; found at half the size.
 
