@@ -208,6 +208,16 @@ def test_hairs_are_lines_and_not_dots() -> None:
     assert not mask[140:160, 50:70].any()
 
 
+@pytest.mark.parametrize("shape", [(8, 8), (9, 40), (33, 250)])
+def test_tiny_and_narrow_pictures_of_anything_give_finite_numbers(shape: tuple[int, int]) -> None:
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, (*shape, 3)).astype(np.uint8)
+    halves = np.repeat(np.where(rng.random((*shape, 1)) < 0.5, 30, 200), 3, axis=2).astype(np.uint8)
+    for pixels in (noise, halves, np.full((*shape, 3), 200, np.uint8)):
+        row = measure(pixels)
+        assert all(np.isfinite(value) for value in row.values() if isinstance(value, float))
+
+
 def test_measuring_twice_gives_the_same_row() -> None:
     one = partial(measure, drawn(soft_disc(0.05)))
     assert one() == one()
