@@ -17,7 +17,7 @@ from dermfm.records.measure.attributes import measure
 from dermfm.records.measure.columns import COLOURS
 from dermfm.records.source import AtlasConfig
 
-HELD_OUT_SEED = 4242  # the measures were tuned on seeds 1, 2 and 3
+HELD_OUT_SEED = 4242  # the measures were tuned on seeds 1, 2, 3, 11, 57, 101 and 202
 NUM_IMAGES = 110  # of each domain
 
 
@@ -42,12 +42,11 @@ def held_out(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[d
         ("Atlas_dermo", "border_sharpness", 0.8),
         ("Atlas_dermo", "size", 0.8),
         ("Atlas_dermo", "skin_ita", 0.7),
-        # Not reached: the goal for both is 0.8. On 200 images each of five other seeds asymmetry lay between 0.73 and
-        # 0.78, sharpness between 0.69 and 0.80. The true outline would give 0.99 and 0.80: the camera's blur, as wide
-        # there as the border of a small lesion, is only estimated; and pale rims and patches of the skin's own colour
-        # are missed from afar (with the true outline to start from, the search for the border still ends at 0.73).
-        ("Atlas_clinic", "asymmetry", 0.65),
-        ("Atlas_clinic", "border_sharpness", 0.72),
+        ("Atlas_clinic", "asymmetry", 0.8),
+        # At the goal of 0.8, not safely above: on 200 images each of five other seeds asymmetry lay between 0.80 and
+        # 0.83 (mean 0.81), sharpness between 0.77 and 0.83 (mean 0.80). The true outline gives 0.99 and no more than
+        # ours: in a small lesion the camera's blur is as wide as the border.
+        ("Atlas_clinic", "border_sharpness", 0.78),
         ("Atlas_clinic", "size", 0.8),
         ("Atlas_clinic", "skin_ita", 0.7),
     ],

@@ -7,25 +7,29 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
+from dermfm.records.measure.contour import round_blur
 from dermfm.records.measure.shape import NUM_POINTS, outline, radius
 
 NUM_RAYS = 96
-REACH, MIN_REACH = 0.15, 3.0  # to either side of the border: of the lesion's radius, and at least in pixels
+REACH, MIN_REACH = 0.13, 3.0  # to either side of the border: of the lesion's radius, and at least in pixels
 NUM_STEPS = 41
 WIDTHS = np.geomspace(0.05, 0.8, 24)  # logistic scales tried, of the reach
 SHIFTS = np.linspace(-0.5, 0.5, 17)  # how far the true border may lie from the mask's, of the reach
 EDGE_RANGE = 18.0  # L* by which neighbours differ where something sharp may lie
-BLUR_FLOOR, BLUR_SHARE = 0.4, 0.25  # pixels of logistic scale, and per pixel of `sharpest_edge`; set on the atlas
+BLUR_FLOOR, BLUR_SHARE = 0.4, 0.3  # pixels of logistic scale, and per pixel of `sharpest_edge`; set on the atlas
 HALF_SHARP = 0.03  # logistic scale in radii at which sharpness is one half
-SCALE_ERROR, PRIOR_SPREAD = 0.08, 1.0  # deviations of logarithms: of a scale that was read off, of widths in general
+SECTOR = 6.0  # deviation of the stretch of border over which rays are taken together, in rays
+EVIDENCE = 60.0  # independent samples that such a stretch's mean profile counts as
+MISFIT = 0.003  # share of a profile's variance that no logistic explains, at best
+PRIOR_SPREAD = 1.0  # deviation of the logarithm of widths in general
 _WIDTHS = np.geomspace(0.002, 0.4, 64)
 
 
 @dataclass(frozen=True)
 class Border:
-    """width: mean logistic scale of the border in lesion radii, freed of the camera's blur; sharpness: 1 for a step,
-    one half at a width of HALF_SHARP, towards 0 for a border that fades away; spread: deviation of the width's
-    logarithm along the border; fit: how well the rays follow a logistic, 0…1."""
+    """width: geometric mean of the border's logistic scale in lesion radii, freed of the camera's blur; sharpness: 1
+    for a step, one half at a width of HALF_SHARP, towards 0 for a border that fades away; spread: deviation of the
+    width's logarithm along the border; fit: how well the rays follow a logistic, 0…1."""
 
     width: float
     sharpness: float
@@ -33,13 +37,15 @@ class Border:
     fit: float
 
 
-def border(lab: np.ndarray, mask: np.ndarray, valid: np.ndarray, edge: float) -> Border | None:
-    """The border of a mask on CIELAB float32 [H, W, 3]; `edge` is the picture's `sharpest_edge`.
+def border(colours: np.ndarray, mask: np.ndarray, valid: np.ndarray, edge: float) -> Border | None:
+    """The border of a mask on a picture of colours, float32 [H, W, 3]; `edge` is the picture's `sharpest_edge`.
 
-    Each ray's colours are projected on the line from its inner to its outer colour; the logistic that correlates best
-    with this profile gives the ray's width (a sigmoid across the border: Grana et al. 2003, Melanoma Res 13:465).
-    Blur of the camera adds in squares (`_without_blur`). None where fewer than a quarter of the rays stay in what is
-    valid.
+    Colours are best in deviations from skin in any light (`background.whitener`): in CIELAB, the light and dark sides
+    of a raised lesion have profiles of light, not of pigment. Each ray's colours are projected on the line from its
+    inner to its outer colour, and logistics of many widths are fitted to this profile (a sigmoid across the border:
+    Grana et al. 2003, Melanoma Res 13:465). How likely each width is on a stretch of the border, with the camera's blur
+    on top, gives that stretch's width (`_widths`): a side in focus is seen as wide as the blur, a side that
+    fades is not. None where fewer than a quarter of the rays stay in what is valid.
     """
     size = radius(mask)
     reach = max(REACH * size, MIN_REACH)
@@ -51,25 +57,30 @@ def border(lab: np.ndarray, mask: np.ndarray, valid: np.ndarray, edge: float) ->
     usable = known.mean(axis=1) > 0.9
     if usable.sum() < NUM_RAYS / 4:
         return None
-    colours = cv2.remap(lab, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)[usable]
-    scale, spread, fit = _fit(colours, reach)
-    width, sharpness = _without_blur(scale, BLUR_FLOOR + BLUR_SHARE * edge, size)
-    return Border(width, sharpness, spread, fit)
+    seen = cv2.remap(colours, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    likelihood, weight, fit = _likelihood(seen, usable)
+    widths = _widths(likelihood, reach, BLUR_FLOOR + BLUR_SHARE * edge, size)
+    middle = np.average(widths, weights=weight)
+    spread = np.sqrt(np.average((widths - middle) ** 2, weights=weight))
+    width = float(np.exp(middle))
+    return Border(width, HALF_SHARP / (HALF_SHARP + width), float(spread), fit)
 
 
-def _without_blur(scale: float, blur: float, size: float) -> tuple[float, float]:
-    """(width in radii, sharpness) of a border seen with a logistic scale through a blur, both in pixels; `size` is the
-    lesion's radius.
+def _widths(likelihood: np.ndarray, reach: float, blur: float, size: float) -> np.ndarray:
+    """Logarithms of the border's widths in radii, [NUM_RAYS]: posterior means under a log-normal prior.
 
-    Posterior means under a log-normal prior, since the plain difference of squares is noise where the blur is as wide
+    `likelihood` is of the scales WIDTHS * `reach` in pixels, seen through `blur`, a logistic scale in pixels that adds
+    in squares; `size` is the lesion's radius. The plain difference of squares would be noise where the blur is as wide
     as the border: there the answer tends to a usual border.
     """
-    seen = np.sqrt((_WIDTHS * size) ** 2 + blur**2)
-    misfit = np.log(scale / seen) / SCALE_ERROR
-    log = -(misfit**2 + (np.log(_WIDTHS / HALF_SHARP) / PRIOR_SPREAD) ** 2) / 2
-    weight = np.exp(log - log.max())
-    weight /= weight.sum()
-    return float(np.exp(weight @ np.log(_WIDTHS))), float(weight @ (HALF_SHARP / (HALF_SHARP + _WIDTHS)))
+    seen = np.log((_WIDTHS * size) ** 2 + blur**2) / 2 - np.log(reach)
+    place = np.interp(seen, np.log(WIDTHS), np.arange(len(WIDTHS)))
+    below = np.minimum(place.astype(int), len(WIDTHS) - 2)
+    share = place - below
+    log = likelihood[:, below] * (1 - share) + likelihood[:, below + 1] * share
+    log = log - (np.log(_WIDTHS / HALF_SHARP) / PRIOR_SPREAD) ** 2 / 2
+    weight = np.exp(log - log.max(axis=1, keepdims=True))
+    return (weight @ np.log(_WIDTHS)) / weight.sum(axis=1)
 
 
 def sharpest_edge(lightness: np.ndarray) -> float:
@@ -101,23 +112,31 @@ def _rays(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return points[::step], normal[::step]
 
 
-def _fit(colours: np.ndarray, reach: float) -> tuple[float, float, float]:
-    """(scale in pixels, spread, fit) from the colours [R, NUM_STEPS, 3] of rays, inside first."""
+def _likelihood(colours: np.ndarray, usable: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+    """(log likelihood of WIDTHS on each ray's SECTOR [NUM_RAYS, WIDTHS], the sectors' weights, fit) from the colours
+    [NUM_RAYS, NUM_STEPS, 3] of rays, inside first, of which the `usable` count.
+
+    That of the least squares fit of a logistic of free height and level, (1 - correlation^2)^(-n/2), at its best shift.
+    """
     ends = NUM_STEPS // 4
     direction = colours[:, :ends].mean(axis=1) - colours[:, -ends:].mean(axis=1)
-    contrast = np.linalg.norm(direction, axis=1)
+    contrast = np.linalg.norm(direction, axis=1) * usable
     direction = direction / np.maximum(contrast, 1e-6)[:, None]
-    profile = np.einsum("rkc,rc->rk", colours, direction)
+    profile = np.einsum("rkc,rc->rk", colours, direction) * usable[:, None]
     # Neighbouring rays see the same border: their mean has less of the skin's own texture.
-    profile = (profile + np.roll(profile, 1, axis=0) + np.roll(profile, -1, axis=0)) / 3
-    correlation = _unit_rows(profile) @ _TEMPLATES.T
-    best = correlation.argmax(axis=1)
-    quality = correlation[np.arange(len(best)), best].clip(0) ** 2
+    profile = _with_neighbours(profile) / np.maximum(_with_neighbours(usable.astype(float)), 1)[:, None]
+    correlation = (_unit_rows(profile) @ _TEMPLATES.T).reshape(len(profile), len(WIDTHS), len(SHIFTS)).max(axis=2)
+    explained = correlation.clip(0) ** 2
+    quality = explained.max(axis=1)
     weight = np.sqrt(contrast) * quality + 1e-9
-    logs = np.log(reach * _TEMPLATE_WIDTHS[best])
-    middle = np.average(logs, weights=weight)
-    spread = np.sqrt(np.average((logs - middle) ** 2, weights=weight))
-    return float(np.exp(middle)), float(spread), float(np.average(quality, weights=contrast + 1e-6))
+    around = round_blur(weight, SECTOR)
+    likelihood = -EVIDENCE / 2 * np.log(1 - explained + MISFIT)
+    likelihood = round_blur(likelihood * weight[:, None], SECTOR) / around[:, None]
+    return likelihood, around, float(np.average(quality, weights=contrast + 1e-6))
+
+
+def _with_neighbours(values: np.ndarray) -> np.ndarray:
+    return values + np.roll(values, 1, axis=0) + np.roll(values, -1, axis=0)
 
 
 def _unit_rows(values: np.ndarray) -> np.ndarray:
@@ -125,12 +144,12 @@ def _unit_rows(values: np.ndarray) -> np.ndarray:
     return centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-6)
 
 
-def _templates() -> tuple[np.ndarray, np.ndarray]:
-    """Falling logistics, centred and of unit length, [WIDTHS * SHIFTS, NUM_STEPS], and the width of each."""
+def _templates() -> np.ndarray:
+    """Falling logistics, centred and of unit length, [WIDTHS * SHIFTS, NUM_STEPS]."""
     depth = np.linspace(-1, 1, NUM_STEPS)
     width, shift = (grid.ravel() for grid in np.meshgrid(WIDTHS, SHIFTS, indexing="ij"))
     curves = 1 / (1 + np.exp(np.clip((depth[None] - shift[:, None]) / width[:, None], -60, 60)))
-    return _unit_rows(curves), width
+    return _unit_rows(curves)
 
 
-_TEMPLATES, _TEMPLATE_WIDTHS = _templates()
+_TEMPLATES = _templates()

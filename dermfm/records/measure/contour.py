@@ -71,10 +71,10 @@ def _lesion_share(values: np.ndarray, seen: np.ndarray, border: np.ndarray, pen:
     """How far each value [A, D] lies on the way from skin (0) to that side's lesion (1)."""
     below = STEP * (border[:, None] - np.arange(values.shape[1])[None])
     weight = seen * ((below > pen.depth[0]) & (below < pen.depth[1])) + 1e-4 * (below > 0)
-    total = _round_blur((values * weight).sum(axis=1), pen.sector)
-    lesion = np.maximum(total / np.maximum(_round_blur(weight.sum(axis=1), pen.sector), 1e-6), LEAST_CONTRAST)
+    total = round_blur((values * weight).sum(axis=1), pen.sector)
+    lesion = np.maximum(total / np.maximum(round_blur(weight.sum(axis=1), pen.sector), 1e-6), LEAST_CONTRAST)
     scaled = values / lesion[:, None]
-    return _round_blur(scaled * seen, pen.profile_sector) / np.maximum(_round_blur(seen, pen.profile_sector), 1e-3)
+    return round_blur(scaled * seen, pen.profile_sector) / np.maximum(round_blur(seen, pen.profile_sector), 1e-3)
 
 
 def _cost(share: np.ndarray, seen: np.ndarray, border: np.ndarray, pen: Pen) -> np.ndarray:
@@ -137,7 +137,7 @@ def _places(centre: np.ndarray, depth: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return np.ascontiguousarray(points[..., 0], np.float32), np.ascontiguousarray(points[..., 1], np.float32)
 
 
-def _round_blur(values: np.ndarray, deviation: float) -> np.ndarray:
+def round_blur(values: np.ndarray, deviation: float) -> np.ndarray:
     """Gaussian mean along the first axis [A, …], which is a circle."""
     half = int(np.ceil(3 * deviation))
     table = values.reshape(len(values), -1).astype(np.float32)

@@ -17,19 +17,31 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
+from dermfm.records.measure.background import (
+    SHADING,
+    above_skin,
+    fit_skin,
+    nearby_skin,
+    skin_distance,
+    unlikeness,
+    whitener,
+)
 from dermfm.records.measure.border import sharpest_edge
 from dermfm.records.measure.contour import COARSE, FINE, refined
 from dermfm.records.measure.hair import hair_mask, remove_hair
+from dermfm.records.measure.shape import radius
 
 WORKING_SIDE = 224  # the longer side is reduced to it
 SEARCH_SIDE = 112  # and for the search
 RING = 0.1  # width of the border ring that first stands for skin, of the shorter side
 BLACK = 26  # brightest channel of a pixel of the black surround
-NOISE = 2.0  # CIELAB units added to the skin's own spread
 SMOOTH = 0.012  # deviation of the smoothing, of the shorter side
 ROUNDS = 2
-CERTAIN = 2.5  # deviations from skin that count one half
-OUTLINES = ((4.0, COARSE), (6.0, FINE))  # and for outlining, first and again
+OUTLINES = ((3.0, COARSE), (6.0, FINE))  # deviations from skin that count one half for outlining, first and again
+STALK = 0.3  # of the lesion's radius: what is narrower is a hair or a patch of skin that hangs on to it
+FAINT = 0.36  # how unlike skin a lesion's pale parts are at least, in the first outlining
+MAX_GROWTH, SOLID = 4.0, 0.8  # a lesion is at most so many times its core, and so much of its convex hull
+MAX_TOUCHING = 0.25  # of the picture's border
 OUTLINE_SMOOTH = 0.006  # deviation of the smoothing before outlining, of the shorter side
 AREA_POWER = 0.2
 LEVELS = (0.3, 0.4, 0.5, 0.6, 0.7)
@@ -40,13 +52,14 @@ MIN_AREA, MAX_AREA = 0.002, 0.9
 class LesionMask:
     """What was found. Pictures are of the working size.
 
-    pixels: RGB uint8 [H, W, 3] without hair; lab: CIELAB float32 [H, W, 3] of it; mask: bool [H, W]; valid: bool
-    [H, W], false in a black surround and on hairs; edge: `sharpest_edge` of the picture with its hairs; confidence:
-    0…1.
+    pixels: RGB uint8 [H, W, 3] without hair; lab: CIELAB float32 [H, W, 3] of it; white: the `whitener` [3, 3] of its
+    skin in any light; mask: bool [H, W]; valid: bool [H, W], false in a black surround and on hairs; edge:
+    `sharpest_edge` of the picture with its hairs; confidence: 0…1.
     """
 
     pixels: np.ndarray
     lab: np.ndarray
+    white: np.ndarray
     mask: np.ndarray
     valid: np.ndarray
     edge: float
@@ -70,7 +83,8 @@ def working_size(pixels: np.ndarray) -> np.ndarray:
 def find_lesion(pixels: np.ndarray) -> LesionMask:
     """The lesion of RGB uint8 [H, W, 3]; an empty mask with confidence 0 where nothing stands out.
 
-    It is searched for in a reduced picture, and its outline drawn anew, twice, at the working size.
+    It is searched for in a reduced picture, and the outline of its hull drawn anew, twice, at the working size, where
+    brightness counts less than colour.
     """
     pixels = working_size(pixels)
     hair = hair_mask(pixels)
@@ -78,12 +92,70 @@ def find_lesion(pixels: np.ndarray) -> LesionMask:
     valid = inside_frame(clean)
     lab = to_lab(clean)
     mask, skin, outside, score = _search(lab, valid)
+    seen = valid & ~hair
     fine = cv2.GaussianBlur(lab, (0, 0), max(0.6, OUTLINE_SMOOTH * min(lab.shape[:2])))
-    distance = skin_distance(fine, skin, outside)
+    skin = nearby_skin(fine, skin, outside & seen)
+    white = whitener(fine, skin, outside, SHADING)
+    distance = skin_distance(fine, skin, white)
     for certain, pen in OUTLINES:
-        mask = refined(_above(unlikeness(distance, certain), outside), mask, valid & ~hair, pen)
+        unlike = above_skin(unlikeness(distance, certain), outside)
+        mask = refined(unlike, whole_lesion(mask, unlike) if pen is COARSE else mask, seen, pen)
     edge = sharpest_edge((lab if clean is pixels else to_lab(pixels))[..., 0])
-    return LesionMask(clean, lab, mask, valid & ~hair, edge, score)
+    return LesionMask(clean, lab, white, mask, seen, edge, score)
+
+
+def whole_lesion(mask: np.ndarray, unlike: np.ndarray) -> np.ndarray:
+    """Where the outline is looked for first: the convex hull of the mask without its stalks, or of that with the pale
+    parts around it; found at half the size.
+
+    A patch of the skin's own colour at the rim, missed by a threshold, lies within the hull; a notch is found again.
+    """
+    size = tuple(max(1, side // 2) for side in mask.shape[::-1])
+    small = cv2.resize(mask.view(np.uint8), size, interpolation=cv2.INTER_NEAREST)
+    if not small.any():
+        return mask
+    core, _ = _hull(_without_stalks(small, STALK * radius(small)))
+    smooth = cv2.GaussianBlur(cv2.resize(unlike, size, interpolation=cv2.INTER_AREA), (0, 0), 0.6)
+    whole = _with_faint_parts(core, (smooth > FAINT).astype(np.uint8))
+    return cv2.resize(whole, mask.shape[::-1], interpolation=cv2.INTER_LINEAR) > 0
+
+
+def _with_faint_parts(core: np.ndarray, faint: np.ndarray) -> np.ndarray:
+    """The core with the pale rim or patch that a lesion with a strong core has around it, as a hull; uint8 all.
+
+    Hysteresis (Canny 1986, IEEE Trans PAMI 8:679): what is faint and hangs together with the core other than by stalks
+    belongs to it, if all of it is compact and not much larger.
+    """
+    faint = cv2.morphologyEx(faint, cv2.MORPH_CLOSE, _disc(3)) | core
+    outlines, _ = cv2.findContours(faint, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    cv2.drawContours(faint, outlines, -1, 1, cv2.FILLED)
+    count, labels = cv2.connectedComponents(_without_stalks(faint, STALK * radius(core)))
+    common = np.bincount(labels[core > 0], minlength=count)[1:]
+    if not common.any():
+        return core
+    whole = (labels == 1 + int(common.argmax())).astype(np.uint8)
+    hull, area = _hull(whole)
+    num_pixels, edge = cv2.countNonZero(whole), outermost(np.ones_like(whole))
+    is_larger = cv2.countNonZero(core) < num_pixels < MAX_GROWTH * cv2.countNonZero(core)
+    touching = cv2.countNonZero(whole & edge) / cv2.countNonZero(edge)
+    return hull if is_larger and num_pixels >= SOLID * area and touching <= MAX_TOUCHING else core
+
+
+def _without_stalks(piece: np.ndarray, width: float) -> np.ndarray:
+    """A uint8 mask opened by a disc of radius `width`; as it is where nothing would be left."""
+    size = 2 * max(1, round(width)) + 1
+    padded = cv2.copyMakeBorder(piece, size, size, size, size, cv2.BORDER_CONSTANT, value=0)
+    plain = np.ascontiguousarray(cv2.morphologyEx(padded, cv2.MORPH_OPEN, _disc(size))[size:-size, size:-size])
+    return plain if plain.any() else piece
+
+
+def _hull(piece: np.ndarray) -> tuple[np.ndarray, float]:
+    """Convex hull of the largest piece of a uint8 mask, drawn, and its area."""
+    outlines, _ = cv2.findContours(piece, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    points = cv2.convexHull(max(outlines, key=cv2.contourArea))
+    drawn = np.zeros_like(piece)
+    cv2.fillPoly(drawn, [points], 1)
+    return drawn, float(cv2.contourArea(points))
 
 
 def _search(lab: np.ndarray, valid: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
@@ -102,7 +174,7 @@ def _search(lab: np.ndarray, valid: np.ndarray) -> tuple[np.ndarray, np.ndarray,
     mask, score = np.zeros_like(valid), 0.0
     for turn in range(ROUNDS):
         skin = fit_skin(smooth, outside, degree=1 if turn == 0 else 2)
-        distance = unlikeness(skin_distance(smooth, skin, outside))
+        distance = unlikeness(skin_distance(smooth, skin, whitener(smooth, skin, outside)))
         mask, score = best_piece(distance, valid, LEVELS if turn == ROUNDS - 1 else LEVELS[::2])
         outside = valid & ~_grown(mask, 0.06)
         if outside.sum() < 0.02 * outside.size:
@@ -112,18 +184,6 @@ def _search(lab: np.ndarray, valid: np.ndarray) -> tuple[np.ndarray, np.ndarray,
         for part in (mask, skin, outside)
     )
     return grown > 0.5, skin, around > 0.5, score
-
-
-def unlikeness(squared: np.ndarray, half: float = CERTAIN) -> np.ndarray:
-    """Squared distance from skin squeezed into 0…1, one half at `half` deviations: a black core counts little more
-    than a brown rim."""
-    return squared / (squared + np.float32(half**2))
-
-
-def _above(unlike: np.ndarray, outside: np.ndarray) -> np.ndarray:
-    """Unlikeness less that of usual skin, 0…1; float32."""
-    floor = float(np.median(unlike[outside])) if outside.any() else 0.0
-    return np.clip((unlike - floor) / (1 - floor), 0, 1).astype(np.float32)
 
 
 def best_piece(distance: np.ndarray, valid: np.ndarray, shares: Sequence[float]) -> tuple[np.ndarray, float]:
@@ -193,59 +253,6 @@ def border_ring(valid: np.ndarray) -> np.ndarray:
     inner = cv2.erode(padded, np.ones((2 * width + 1, 2 * width + 1), np.uint8))[1:-1, 1:-1]
     ring = valid & (inner == 0)
     return ring if ring.any() else np.ones_like(valid)
-
-
-def fit_skin(lab: np.ndarray, outside: np.ndarray, degree: int) -> np.ndarray:
-    """The skin's colour as a polynomial surface: float32 [H, W, 3].
-
-    Least squares on a grid of the pixels `outside`, reweighted four times by the Cauchy function of the residual's
-    length so that moles, ink and rulers there do not count.
-    """
-    height, width = outside.shape
-    basis = _polynomials((height, width), degree)
-    rows, columns = np.nonzero(outside)
-    step = max(1, len(rows) // 800)
-    design, colours = basis[rows[::step], columns[::step]], lab[rows[::step], columns[::step]]
-    coefficients = np.zeros((basis.shape[2], 3), np.float32)
-    coefficients[0] = np.median(colours, axis=0)
-    # A small ridge keeps the surface flat where the pixels say nothing about it.
-    ridge = np.diag([1e-3] + [0.02 * len(design)] * (basis.shape[2] - 1)).astype(np.float32)
-    for _ in range(4):
-        residual = ((colours - design @ coefficients) ** 2).sum(axis=1)
-        scale = 1.5 * np.sqrt(np.median(residual)) + 0.5
-        weight = 1 / (1 + residual / scale**2)
-        weighted = design * weight[:, None]
-        pull = ridge * weight.mean()
-        coefficients = np.linalg.solve(weighted.T @ design + pull, weighted.T @ colours + pull @ _flat(coefficients))
-    return basis @ coefficients.astype(np.float32)
-
-
-@functools.lru_cache(maxsize=8)
-def _polynomials(shape: tuple[int, int], degree: int) -> np.ndarray:
-    """[H, W, 3 or 6] float32: 1, x, y and for degree 2 also x², xy, y², with x and y in -1…1."""
-    y, x = np.mgrid[-1 : 1 : shape[0] * 1j, -1 : 1 : shape[1] * 1j].astype(np.float32)
-    return np.stack([np.ones_like(x), x, y, *([x * x, x * y, y * y] if degree == 2 else [])], axis=2)
-
-
-def _flat(coefficients: np.ndarray) -> np.ndarray:
-    """The target of the ridge: the constant as it is, no slopes."""
-    target = np.zeros_like(coefficients)
-    target[0] = coefficients[0]
-    return target
-
-
-def skin_distance(lab: np.ndarray, skin: np.ndarray, outside: np.ndarray) -> np.ndarray:
-    """Squared Mahalanobis distance of every pixel from the skin: float32 [H, W], in squared deviations."""
-    difference = lab - skin
-    places = np.flatnonzero(outside)
-    sample = difference.reshape(-1, 3)[places[:: max(1, len(places) // 2000)]]
-    if len(sample) > 4:
-        length = (sample * sample).sum(axis=1)
-        sample = sample[length <= np.partition(length, int(0.85 * len(length)))[int(0.85 * len(length))]]
-    covariance = np.cov(sample.T) if len(sample) > 4 else np.zeros((3, 3))
-    whitener = np.linalg.cholesky(np.linalg.inv(covariance + NOISE**2 * np.eye(3))).astype(np.float32)
-    white = cv2.transform(difference, whitener.T)
-    return cv2.transform(white * white, np.ones((1, 3), np.float32))
 
 
 def otsu(values: np.ndarray) -> float:

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from dermfm.records.measure.attributes import MIN_CONFIDENCE, measure
+from dermfm.records.measure.background import nearby_skin, skin_distance, whitener
 from dermfm.records.measure.border import border
 from dermfm.records.measure.colour import colour_words
 from dermfm.records.measure.columns import COLOURS, SCHEMA
 from dermfm.records.measure.contour import refined
 from dermfm.records.measure.hair import hair_mask
-from dermfm.records.measure.mask import find_lesion, otsu, to_lab
+from dermfm.records.measure.mask import find_lesion, otsu, to_lab, whole_lesion
 from dermfm.records.measure.shape import asymmetry, irregularity, relative_size
 from dermfm.records.measure.skin import band, fitzpatrick, typology_angle
 from dermfm.records.measure.texture import texture
@@ -44,6 +45,60 @@ def test_the_mask_of_a_disc_is_the_disc_whatever_its_colour() -> None:
         mask = cv2.resize(found.mask.astype(np.uint8), (240, 200), interpolation=cv2.INTER_NEAREST) > 0
         assert (mask & disc()).sum() / (mask | disc()).sum() > 0.85
         assert found.confidence > 0.4
+
+
+def lit(alpha: np.ndarray, height: float) -> np.ndarray:
+    """Light from the left on a lesion that is raised as `alpha` says: above 1 on its left side, below on its right."""
+    return 1 + height * np.gradient(cv2.GaussianBlur(alpha, (0, 0), 4), axis=1)
+
+
+def test_light_on_a_raised_lesion_is_not_taken_for_its_colour() -> None:
+    alpha = soft_disc(0.03, 40)
+    colour = SKIN + alpha[..., None] * (np.array([176, 118, 84.0]) - SKIN)
+    grain = np.random.default_rng(0).normal(0, 2, colour.shape)
+    photograph = (colour * lit(alpha, 3.5)[..., None] + grain).clip(0, 255).astype(np.uint8)
+    found = find_lesion(photograph)
+    mask = cv2.resize(found.mask.astype(np.uint8), (240, 200), interpolation=cv2.INTER_NEAREST) > 0
+    assert (mask & disc(40)).sum() / (mask | disc(40)).sum() > 0.9
+    assert asymmetry(found.mask) < 0.06
+
+
+def test_a_pale_rim_belongs_to_a_lesion_and_a_stalk_or_other_skin_does_not() -> None:
+    stalk = (np.abs(Y - 100) < 4) & (X > 120) & (X < 180)
+    speck = disc(20, (210, 30))
+    core, rim = disc(28), disc(55)
+
+    def overlap(mask: np.ndarray, unlike: np.ndarray, expected: np.ndarray) -> float:
+        whole = whole_lesion(mask, (0.45 * unlike).astype(np.float32))
+        return float((whole & expected).sum() / (whole | expected).sum())
+
+    assert overlap(core | stalk, stalk, core) > 0.93
+    assert overlap(core, rim | speck, rim) > 0.95
+    assert overlap(core, np.ones_like(core), core) > 0.93  # much larger, and it touches the picture's border
+
+
+def test_patches_of_skin_are_continued_and_moles_are_not() -> None:
+    surface = np.tile(np.array([65, 12, 18], np.float32), (80, 96, 1))
+    patch = surface + np.array([0, 3, 0], np.float32)
+    everywhere = np.ones((80, 96), bool)
+    assert nearby_skin(patch, surface, everywhere)[40, 48, 1] == pytest.approx(12 + 3 / 1.05, abs=0.05)
+    mole = surface.copy()
+    mole[36:44, 44:52] -= 30
+    assert nearby_skin(mole, surface, everywhere)[40, 48, 0] == pytest.approx(65, abs=0.5)
+    assert nearby_skin(patch, surface, ~everywhere) is surface
+
+
+def test_other_light_on_the_same_skin_is_nearer_than_another_colour() -> None:
+    """In the closed form of one direction: difference^2 / (NOISE^2 + shading^2) along it, / NOISE^2 across it."""
+    skin = np.tile(np.array([60, 12, 16], np.float32), (20, 20, 1))
+    outside = np.ones((20, 20), bool)
+    lighter = np.array([76, 12, 16]) / np.linalg.norm([76, 12, 16])
+    across = np.cross(lighter, [0, 0, 1]) / np.linalg.norm(np.cross(lighter, [0, 0, 1]))
+    for direction, variance in ((lighter, 2.0**2 + 5.0**2), (across, 2.0**2)):
+        moved = (skin + 6 * direction).astype(np.float32)
+        assert skin_distance(moved, skin, whitener(skin, skin, outside, 5.0))[0, 0] == pytest.approx(
+            36 / variance, 1e-3
+        )
 
 
 def test_bare_skin_has_no_lesion_and_tells_only_its_tone() -> None:
@@ -151,6 +206,16 @@ def test_hairs_are_lines_and_not_dots() -> None:
     mask = hair_mask(canvas)
     assert mask[95 - 2 : 95 + 3, 115 - 2 : 115 + 3].any()
     assert not mask[140:160, 50:70].any()
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (9, 40), (33, 250)])
+def test_tiny_and_narrow_pictures_of_anything_give_finite_numbers(shape: tuple[int, int]) -> None:
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, (*shape, 3)).astype(np.uint8)
+    halves = np.repeat(np.where(rng.random((*shape, 1)) < 0.5, 30, 200), 3, axis=2).astype(np.uint8)
+    for pixels in (noise, halves, np.full((*shape, 3), 200, np.uint8)):
+        row = measure(pixels)
+        assert all(np.isfinite(value) for value in row.values() if isinstance(value, float))
 
 
 def test_measuring_twice_gives_the_same_row() -> None:
