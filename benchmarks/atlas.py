@@ -4,7 +4,8 @@
 
 Trains configs/atlas-truth.yaml into the folder unless that is done (it continues where it stopped), and then prints
   - how often the map of a colour word lies more on pixels of that colour than the map of another colour of the same
-    lesion does, with the read-out chosen on the validation split (one half: the map does not depend on its word);
+    lesion does, with the read-out chosen on the validation split (one half: the map does not depend on its word), and
+    with the one that `dermfm report` and `dermfm predict` show of every model;
   - F1 of the attributes that its reports state;
   - how often the matching head prefers the own note to another, random or hard.
 `--quick` takes few pictures and one epoch: it shows that everything runs.
@@ -81,6 +82,8 @@ def measure(out: Path, threads: int) -> list[dict[str, Any]]:
     rows = [
         figure("colour word on its colour, pairs of colours", maps["pairs"], 0.5, "share", 0.8, threads=threads),
         figure("colour word on its colour, lesions", maps["images"], None, "share", 0.8, threads=threads),
+        figure("the same in maps of reports, pairs", maps["shown"]["pairs"], 0.5, "share", None, threads=threads),
+        figure("the same in maps of reports, lesions", maps["shown"]["images"], None, "share", None, threads=threads),
     ]
     for kind, value in report_scores(model, test).items():
         goal = 0.9 if kind == "all" else None

@@ -18,8 +18,9 @@ import torch
 from PIL import Image
 
 from dermfm.config import InputError
-from dermfm.evaluate.readout import Example, choose_read_out, score_read_out
+from dermfm.evaluate.readout import Example, choose_read_out, score_read_outs
 from dermfm.images import decode_image
+from dermfm.model.maps import default_read_out
 from dermfm.records.atlas import TRUTH_FILE, findings
 from dermfm.records.atlas_lesion import COLOURS, STRUCTURES
 from dermfm.samples import tokenize
@@ -93,9 +94,13 @@ def examples(cases: Sequence[Case]) -> list[Example]:
 
 
 def colour_maps(model: Any, valid: Sequence[Case], test: Sequence[Case]) -> dict[str, Any]:
-    """`read_out` chosen on `valid`, its share of hits there, and on `test` those of pairs and of images."""
+    """`read_out` chosen on `valid`, its share of hits there, and on `test` those of pairs and of images.
+
+    `shown`: the same shares on `test` for the read-out that reports and predictions show, which nothing chose.
+    """
     chosen, rate = choose_read_out(model, examples(valid))
-    return {"read_out": chosen.name, "valid_pairs": rate, **score_read_out(model, examples(test), chosen)}
+    scores, shown = score_read_outs(model, examples(test), [chosen, default_read_out(model)])
+    return {"read_out": chosen.name, "valid_pairs": rate, **scores, "shown": shown}
 
 
 def report_scores(model: Any, cases: Sequence[Case]) -> dict[str, float]:

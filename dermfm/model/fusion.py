@@ -171,6 +171,13 @@ class EarlyFusion(_FusionInputs):
         self, image: Tensor, text: Tensor, lengths: Tensor, return_weights: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """As `Fusion`; the weights are those from note to image tokens."""
+        fused, maps = self.with_maps(image, text, lengths, return_weights)
+        return fused, torch.stack(maps).mean(0) if maps else None
+
+    def with_maps(
+        self, image: Tensor, text: Tensor, lengths: Tensor, return_weights: bool = True
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The same with the weights of every block by itself, in order; [] where they are not asked for."""
         size = image.shape[1]  # image tokens come first: all are valid, so padding stays behind
         x = torch.cat([self.image_in(image) + self.modality[0], self.text_in(text) + self.modality[1]], 1)
         maps: list[Tensor] = []
@@ -178,7 +185,7 @@ class EarlyFusion(_FusionInputs):
             x, found = block(x, lengths + size, return_weights)
             if found is not None:
                 maps.append(found[:, :, size:, :size])
-        return self.norm(x)[:, size:], torch.stack(maps).mean(0) if maps else None
+        return self.norm(x)[:, size:], maps
 
 
 class LateFusion(_FusionInputs):

@@ -4,6 +4,9 @@ What enters them is kept anyway; what comes out is read by one linear layer and 
 into that layer: the module hands its input on, and the layer applies it first. Nothing else is run twice, as
 recomputation stops as soon as the linear layer has its input. What an activation gives is the largest thing that a
 transformer block would keep.
+
+Under autocast a norm reads float32 and the layer half of that. Then what enters is not kept either, but what the norm
+made of it before scale and shift, in the layer's type: half as much, of which its backward pass needs no more.
 """
 
 from __future__ import annotations
@@ -16,8 +19,10 @@ from typing import Any
 
 import timm.layers
 import torch
+import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers.models.bert.modeling_bert import BertLayer
 
@@ -82,11 +87,56 @@ def _apply_and_project(cheap: Any, linear: nn.Linear, x: Tensor) -> Tensor:
     """The layer's own forward pass, after the other's where `_pass_on` left that out: both ask the same of one x."""
     if not _recomputes(x, linear):
         return nn.Linear.forward(linear, x)
+    if isinstance(cheap, nn.LayerNorm) and cheap.elementwise_affine and cheap.bias is not None and _narrows(x):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        return _NormedLinear.apply(x, cheap.weight, cheap.bias, linear.weight, linear.bias, cheap.eps, dtype)
 
     def run(x: Tensor) -> Tensor:
         return nn.Linear.forward(linear, type(cheap).forward(cheap, x))
 
     return checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)
+
+
+def _narrows(x: Tensor) -> bool:
+    """Whether linear layers take x in a narrower type than its own, float32."""
+    device = x.device.type
+    narrow = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device).itemsize < x.dtype.itemsize
+    return narrow and x.dtype == torch.float32  # autocast leaves float64 as it is
+
+
+class _NormedLinear(torch.autograd.Function):
+    """linear(norm(x)) of x [..., D] in `dtype`; x̂ = (x − mean) / deviation is kept in `dtype`, and the deviations."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor | None, eps: float,
+        dtype: torch.dtype,
+    ) -> Tensor:  # fmt: skip
+        normed, mean, inverse = torch.native_layer_norm(x, x.shape[-1:], scale, shift, eps)
+        unit = torch.sub(x, mean).mul_(inverse).to(dtype)
+        ctx.save_for_backward(unit, inverse, scale, shift, weight)
+        ctx.bias_type = None if bias is None else bias.dtype
+        return F.linear(normed.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        unit, inverse, scale, shift, weight = ctx.saved_tensors
+        learns_scale, learns_shift, learns_weight, learns_bias = ctx.needs_input_grad[1:5]
+        rows, width = gradient.flatten(0, -2), unit.shape[-1]
+        wide = unit.to(inverse.dtype)
+        of_weight = None
+        if learns_weight:
+            normed = torch.addcmul(shift, wide, scale).to(unit.dtype)
+            of_weight = (rows.T @ normed.flatten(0, -2)).to(weight.dtype)
+        of_bias = rows.sum(0).to(ctx.bias_type) if learns_bias and ctx.bias_type is not None else None
+        of_normed = (gradient @ weight.to(gradient.dtype)).to(inverse.dtype)
+        zero, one = torch.zeros_like(inverse), torch.ones_like(inverse)  # x̂ as one more norm sees it
+        wanted = [True, learns_scale, learns_shift]
+        of_unit, of_scale, of_shift = torch.ops.aten.native_layer_norm_backward(
+            of_normed, wide, [width], zero, one, scale, shift, wanted
+        )
+        return of_unit.mul_(inverse), of_scale, of_shift, of_weight, of_bias, None, None
 
 
 def _recomputes(x: Tensor, linear: nn.Linear) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,9 @@ from PIL import Image, UnidentifiedImageError
 
 from dermfm.export.model import Exported
 from dermfm.images import decode_image
+from dermfm.model.maps import parts_with_maps, word_maps
 from dermfm.records.vocabulary import MALIGNANCIES, MALIGNANCY_OF
-from dermfm.report.attention import SIZE, blend, telling_words, word_weights
-
-FUSIONS_WITH_MAPS = ("cross", "early")
+from dermfm.report.attention import SIZE, blend, telling_words
 
 
 @dataclass
@@ -65,7 +65,7 @@ def answer_batch(
         malignancy = probabilities[i] @ sums
         answer = Answer(name, probabilities[i].tolist(), malignancy.tolist(), notes[i], reports[i])
         pictures = Pictures(_picture(pixels[i]))
-        if with_map and model.model.config.fusion.kind in FUSIONS_WITH_MAPS:
+        if with_map and parts_with_maps(model.model):
             _add_maps(model, answer, pictures, pixels[i])
         out.append((answer, pictures))
     return out
@@ -75,16 +75,17 @@ def _add_maps(model: Exported, answer: Answer, pictures: Pictures, pixels: np.nd
     """Where the words of the report look, or of the nearest note, or of the name of the likeliest class."""
     name = model.classes[int(np.argmax(answer.probabilities))]
     answer.map_text = answer.report or (answer.notes[0]["text"] if answer.notes else f"a photo of {name}")
-    weights, spans = word_weights(model.model, pixels, answer.map_text)
-    rows = []
-    for word, (start, end) in telling_words(answer.map_text):
-        tokens = [t for t, (a, b) in enumerate(spans) if a < end and b > start]
-        if tokens:
-            rows.append(weights[tokens].mean(axis=0))
-            answer.words.append(word)
-            pictures.by_word.append(blend(pictures.thumbnail, rows[-1].reshape(model.model.image.grid)))
-    every = np.mean(rows, axis=0) if rows else weights[[i for i, (a, b) in enumerate(spans) if b > a]].mean(axis=0)
-    pictures.whole = blend(pictures.thumbnail, every.reshape(model.model.image.grid))
+    telling = telling_words(answer.map_text)
+    named = telling or [(found.group(), found.span()) for found in re.finditer(r"\w+", answer.map_text)]
+    grids = word_maps(model.model, pixels, answer.map_text, [place for _, place in named])
+    shown = [(word, grid) for (word, _), grid in zip(named, grids, strict=True) if grid is not None]
+    for word, grid in shown if telling else []:
+        answer.words.append(word)
+        pictures.by_word.append(blend(pictures.thumbnail, grid))
+    if shown:
+        pictures.whole = blend(pictures.thumbnail, np.mean([grid for _, grid in shown], axis=0))
+    else:
+        answer.map_text = ""
 
 
 def _picture(pixels: np.ndarray) -> Image.Image:

@@ -1,4 +1,4 @@
-"""Where the fusion looks: cross-attention of a word of the note over the image, from the checkpoint itself."""
+"""Where a word of the note looks in the image: attention of the decoder or the fusion, from the checkpoint itself."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import re
 from typing import Any
 
 import numpy as np
-import torch
 from matplotlib import colormaps
 from PIL import Image
 
 from dermfm.evaluate.records import TextSet
 from dermfm.images import decode_image
+from dermfm.model.maps import parts_with_maps, word_maps
 from dermfm.report.gallery import choose_rows, class_name, shorten
 from dermfm.report.run import Evaluation, Images, data_uri
-from dermfm.samples import image_bytes, tokenize
+from dermfm.samples import image_bytes
 
-WORDS = [
+WORDS = [  # terms of two words before those of one: a decoder chooses 'dark brown' at its first
     "asymmetric",
     "asymmetry",
     "symmetric",
@@ -27,6 +27,10 @@ WORDS = [
     "indistinct",
     "irregular",
     "ill-defined",
+    "light brown",
+    "dark brown",
+    "blue-gray",
+    "blue-grey",
     "white",
     "red",
     "brown",
@@ -35,8 +39,10 @@ WORDS = [
     "gray",
     "grey",
     "pink",
+    "pigment network",
     "network",
     "pigment",
+    "branched streaks",
     "streaks",
     "dots",
     "globules",
@@ -95,9 +101,9 @@ def attention_maps(
 ) -> list[AttentionMap]:
     """Maps of `count` records with their own notes of text set number `which`; records without a telling word go.
 
-    None are shown where the model's fusion has no attention (`late`, `none`).
+    None are shown where nothing of the model attends to images (fusion `late` or `none`, no decoder).
     """
-    if model.config.fusion.kind in ("late", "none"):
+    if not parts_with_maps(model):
         return []
     texts = evaluation.texts[which]
     records = evaluation.records
@@ -123,29 +129,16 @@ def _map_of(model: Any, evaluation: Evaluation, texts: TextSet, place: int, imag
     row, text = int(texts.rows[place]), texts.texts[place]
     sample = images.sample(str(evaluation.records.record_ids[row]))
     pixels = decode_image(image_bytes(sample), model.image_size)
-    weights, spans = word_weights(model, pixels, text)
+    telling = telling_words(text)
+    grids = word_maps(model, pixels, text, [place for _, place in telling])
     picture = Image.fromarray(pixels.transpose(1, 2, 0)).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
-    words = []
-    for word, (start, end) in telling_words(text):
-        tokens = [t for t, (a, b) in enumerate(spans) if a < end and b > start]
-        if tokens:
-            grid = weights[tokens].mean(axis=0).reshape(model.image.grid)
-            words.append(WordMap(word, data_uri(blend(picture, grid), SIZE), float(grid.max() * grid.size)))
+    words = [
+        WordMap(word, data_uri(blend(picture, grid), SIZE), float(grid.max() * grid.size))
+        for (word, _), grid in zip(telling, grids, strict=True)
+        if grid is not None
+    ]
     label, dataset = class_name(evaluation.records.labels[row]), str(evaluation.records.datasets[row])
     return AttentionMap(label, dataset, shorten(text), data_uri(picture, SIZE), words)
-
-
-def word_weights(model: Any, pixels: np.ndarray, text: str) -> tuple[np.ndarray, list[tuple[int, int]]]:
-    """(weights [T, P] averaged over heads, characters of each token) of one note over one image."""
-    limit = model.config.text.max_tokens
-    tokens, lengths = tokenize(model.tokenizer, [text], limit)
-    encoded = model.tokenizer(text, truncation=True, max_length=limit, return_offsets_mapping=True)
-    device = next(model.parameters()).device
-    with torch.inference_mode():
-        _, image_tokens = model.encode_image(torch.from_numpy(pixels)[None].to(device))
-        _, text_tokens = model.encode_text(tokens.to(device), lengths.to(device))
-        _, weights = model.fuse(image_tokens, text_tokens, lengths.to(device), return_weights=True)
-    return weights[0].float().mean(dim=0).cpu().numpy(), list(encoded["offset_mapping"])
 
 
 def blend(picture: Image.Image, grid: np.ndarray) -> Image.Image:

@@ -24,7 +24,7 @@ def figures(*arguments: str) -> dict[str, float]:
 @pytest.mark.soak
 @pytest.mark.timeout(6 * 3600)
 def test_a_trained_model_knows_where_colours_are_and_writes_what_was_drawn(tmp_path):
-    """The goals of configs/atlas-truth.yaml. Its head says which of them have been reached; the maps have not."""
+    """The goals of configs/atlas-truth.yaml; its head says what was reached."""
     found = figures("--run", str(tmp_path / "run"))
     assert found["colour word on its colour, pairs of colours"] >= 0.8
     assert found["colour word on its colour, lesions"] >= 0.8

@@ -334,6 +334,8 @@ def test_shown_records_come_from_every_data_set_in_turn() -> None:
 def test_telling_words_are_whole_words() -> None:
     found = attention.telling_words("A scarred patient; Border irregular, melanoma.")
     assert [word for word, _ in found] == ["Border", "irregular", "melanoma"]
+    found = attention.telling_words("Dark brown, black; pigment network.")
+    assert [word for word, _ in found] == ["Dark brown", "black", "pigment network"]
 
 
 def test_an_attention_map_is_brightest_where_the_weight_is() -> None:
