@@ -139,7 +139,8 @@ def _reading(row: Part) -> str:
         return "it has no interval"
     if row["ci_low"] <= 0 <= row["ci_high"]:
         return "under shift no difference is shown"
-    return "under shift it is better" if row["ci_low"] > 0 else "under shift it is worse"
+    side = "above" if row["ci_low"] > 0 else "below"
+    return f"under shift the interval lies {side} zero, before any correction for the number of comparisons"
 
 
 def _goals(part: Part) -> Iterator[str]:
