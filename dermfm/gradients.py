@@ -19,7 +19,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 INVALID = -1.0  # DeepSpeed's mark of a norm that is not finite
-BY_GROUP = ("get_grad_norm_direct", "complete_grad_norm_calculation_for_cpu_offload")
 
 
 @dataclass(frozen=True)
@@ -42,10 +41,10 @@ class Gradients:
         self._engine, self._discard = engine, False
         self._norms: list[Tensor] = []
         optimizer = engine.optimizer
-        if hasattr(optimizer, BY_GROUP[0]):
-            direct, offloaded = (getattr(optimizer, name) for name in BY_GROUP)
-            setattr(optimizer, BY_GROUP[0], self._listen(lambda grads, params: direct(_as_norms(grads), params)))
-            setattr(optimizer, BY_GROUP[1], self._listen(offloaded))
+        if hasattr(optimizer, "get_grad_norm_direct"):
+            direct, offloaded = optimizer.get_grad_norm_direct, optimizer.complete_grad_norm_calculation_for_cpu_offload
+            optimizer.get_grad_norm_direct = self._listen(lambda grads, params: direct(_as_norms(grads), params))
+            optimizer.complete_grad_norm_calculation_for_cpu_offload = self._listen(offloaded)
         else:
             if isinstance(optimizer, torch.optim.Optimizer):  # float32: gradients lie at the parameters
                 engine.allreduce_gradients, engine.clip_fp32_gradients = self._average_and_clip, lambda: None

@@ -50,8 +50,7 @@ OPPOSITE = {"symmetric": "asymmetric", "asymmetric": "symmetric"}
 # "clinical" says nothing of a picture before these
 NO_PICTURE = (
     r"(?!\w* (?:note|significan|issue|diagnos|history|context|correlation|trial|practice|relevance|concern|course|"
-    r"setting|"
-    r"management|decision|suspicion|dermatolog|record|trial|stud))"
+    r"setting|management|decision|suspicion|dermatolog|record|stud))"
 )
 HEADING = re.compile(r"\bmalignancy(?: status)?(?::| is| was)(?= (?:benign|pre|malignant))")  # it claims nothing itself
 

@@ -12,21 +12,18 @@ from dermfm.notes.claims import found_words
 
 # What one refuses to do, without verbs that a finding may have as its subject ("dermoscopy could not confirm").
 DEED = (
-    "provide|give|offer|assist|help|write|generate|create|produce|complete|comply|fulfil|fulfill|comment|interpret|"
-    "analy[sz]e|diagnose|answer|respond|discuss|process|access|open|have access|engage|continue|proceed|share|disclose|"
-    "draft|compose|supply|summari[sz]e|describe|examine images|view images|accept|carry out"
+    "provide|give|offer|assist|help|write|generate|create|produce|complete|comply|fulfil|fulfill|comment|"
+    "interpret|analy[sz]e|diagnose|answer|respond|discuss|process|access|open|have access|engage|continue|proceed|"
+    "share|disclose|draft|compose|supply|summari[sz]e|describe|examine images|view images|accept|carry out"
 )
 CANNOT = (
-    r"can't|cannot|can not|(?:could|may|do|does|did|will|would)(?: not|n't)|won't|unable to|not able to|"
-    r"declin\w+ to|refus\w+ to|"
-    r"not (?:allowed|permitted|authori[sz]ed|qualified|possible|appropriate|comfortable|equipped|"
-    r"trained)(?: for me)? to|"
-    r"inappropriate (?:for me )?to|impossible (?:for me )?to"
+    "can't|cannot|can not|(?:could|may|do|does|did|will|would)(?: not|n't)|won't|unable to|not able to|"
+    r"declin\w+ to|refus\w+ to|not (?:allowed|permitted|authori[sz]ed|qualified|possible|appropriate|comfortable|"
+    "equipped|trained)(?: for me)? to|inappropriate (?:for me )?to|impossible (?:for me )?to"
 )
 OWN_WILL = (
     r"(?:'m| am| are|'re) (?:sorry|afraid|not|unable|glad|happy|more than happy|pleased|delighted|grateful|here to|"
-    r"ready|writing|"
-    r"sending|reaching|looking forward|going to|able|designed|programmed|trained)|"
+    r"ready|writing|sending|reaching|looking forward|going to|able|designed|programmed|trained)|"
     r"(?:'ll| will) (?:now |then |also |just |gladly )?(?:add|provide|describe|give|write|explain|summari[sz]e|help|"
     r"try|need|be|include|draft)|"
     r"(?:'d|would) (?:be|like|love|need|appreciate)|"
@@ -38,15 +35,12 @@ OWN_WILL = (
 )
 TEXT = (
     "notes?|texts?|case reports?|case stud(?:y|ies)|records? for|statements?|lists?|items?|outputs?|write-ups?|"
-    "responses?|answers?|summary|paragraph|"
-    "draft|facts|prompt|instructions?|requests?|input|message|"
-    "document|"
+    "responses?|answers?|summary|paragraph|draft|facts|prompt|instructions?|requests?|input|message|document|"
     "wording|template|format|information|data|articles?|page|passage|sentences?|word count|query|conversation"
 )
 KIND_OF_TEXT = (
     "clinical|medical|brief|short|concise|above|following|below|given|provided|original|final|revised|detailed|"
-    "complete|"
-    "whole|entire|available|supplied|patient|listed|two|three|first|last|only"
+    "complete|whole|entire|available|supplied|patient|listed|two|three|first|last|only"
 )
 PICTURE = "image|picture|photo|photograph|scan|information|data|details|context|facts|file|attachment"
 TALK = tuple(
