@@ -12,7 +12,7 @@ from dermfm.config import InputError
 from dermfm.evaluate import embed
 from dermfm.evaluate.parts import Arrays, Parts
 from dermfm.evaluate.ranks import Ranks
-from dermfm.evaluate.records import RecordSet, TextSet, text_sets
+from dermfm.evaluate.records import RecordSet, TextSet, check_strategies, text_sets
 from dermfm.evaluate.results import Prediction
 from dermfm.evaluate.zeroshot import Prompts, make_prompts
 from shards.manifest import Manifest
@@ -72,6 +72,7 @@ def embed_all(
     The first `num_scored` records are scored, the others are in pools only. Stored pieces of the same identity are
     taken up.
     """
+    check_strategies(records, strategies)  # before an image is embedded for nothing
     arrays, offset = [], 0
     for split in splits:
         own = split_outputs(encoders, split, site)

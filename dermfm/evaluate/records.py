@@ -138,11 +138,16 @@ def text_sets(records: RecordSet, strategies: list[str]) -> list[TextSet]:
 
     InputError where a wanted strategy is in no note, or its notes are of different label access.
     """
+    check_strategies(records, strategies)
+    return [_text_set(records, name) for name in strategies or records.strategies()]
+
+
+def check_strategies(records: RecordSet, strategies: list[str]) -> None:
+    """InputError where a wanted strategy is in no note."""
     held = records.strategies()
     for name in strategies:
         if name not in held:
             raise InputError(f"eval_strategies: no test note of strategy '{name}'; {nearest(name, held or ['(none)'])}")
-    return [_text_set(records, name) for name in strategies or held]
 
 
 def _text_set(records: RecordSet, strategy: str) -> TextSet:

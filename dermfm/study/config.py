@@ -235,7 +235,11 @@ class StudyConfig:
             check_choice("only", name, (*self.controls, *self.strategies))
         for name in self.tier2_strategies:
             check_choice("tier2_strategies", name, (*self.controls, *self.strategies, BEST))
-        check_choice("of", self.of, [n for n in (LABEL, TEMPLATE, *self.strategies) if n not in self.mixes])
+        sources = [n for n in (LABEL, TEMPLATE, *self.strategies) if n not in self.mixes]
+        if self.of not in sources:
+            raise ValueError(
+                f"of: '{self.of}' is not valid; the shuffled controls take the notes of one of {', '.join(sources)}"
+            )
 
     def _check_tiers(self) -> None:
         if self.protocol.endpoint != ENDPOINT:
