@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from dermfm.notes.ages import in_figures
 from dermfm.notes.facts import Facts, split_words, terms
+from dermfm.notes.phrases import any_of
 
 NEGATION_REACH = 6  # words between a negation and what it negates, within one clause
 HEARSAY_REACH = 8  # words between "such as", "history of" and the like and what they keep from being a claim
@@ -27,6 +28,13 @@ TITLES = (
     "[Nn]o",
     "[Nn]r",
     "St",
+    "[Tt]el",
+    "[Ff]ax",
+    "approx",
+    "ca",
+    "vs",
+    "cf",
+    "resp",
 )  # a full stop behind them ends nothing
 NO_TITLE = "".join(rf"(?<!\b{title}\.)" for title in TITLES)
 SENTENCE_END = re.compile(rf"(?<=[.!?]){NO_TITLE}\s+|\n+")
@@ -35,11 +43,15 @@ ITEM = r"[\w-]+(?: [\w-]+){0,2}"
 DENIED_LIST = re.compile(rf"\b(?:no|without|neither|free of|lacks|lacking) {ITEM}(?:, {ITEM})*,? (?:or|nor) ")
 # "melanoma is unlikely": the negation follows what it negates
 DENIED_BEHIND = re.compile(
+    r"(?:(?:,| and| or|,? nor) [\w -]{2,30})*: ?(?:none|absent|not |nil|no\b|negative)|"
     r"(?: or [\w-]+| \w+oma| (?:process|lesion|tumou?r|growth|change|disease|neoplasm|nature|cause|behaviou?r|"
-    r"features?))?"
-    r" (?:is|was|are|were|has been|have been|can be|could be) (?:(?!not\b|never\b)\w+ )?"
-    r"(?:absent|spared|unaffected|uninvolved|excluded|unlikely|ruled out|not (?:present|seen|found|visible|detected|"
-    r"suspected|likely))\b"
+    r"features?))?(?:(?:,| and| or|,? nor) [\w -]{3,40}?){0,3}"
+    r"(?: (?:is|was|are|were|has been|have been|can be|could be)| (?=not)| can(?= ?not)| could(?= not)) "
+    r"(?:(?!not\b|never\b|excluded\b)\w+ )?"
+    r"(?:absent|missing|lacking|spared|unaffected|uninvolved|excluded|unlikely|ruled out|dismissed|rejected|improbable|"
+    r"not (?:be )?(?:an? |the |in |on )?(?:\w+ )?(?:present|seen|found|visible|detected|made out|identified|discerned|"
+    r"demonstrated|recogni[sz]ed|consideration|concern|issue|question|possibility|option|entertained|favou?red|"
+    r"supported|evident|considered|apparent|the case|suspected|likely))\b"
 )
 # Clinical shorthand and what it stands for, in lower case
 SHORTHAND = (
@@ -48,12 +60,59 @@ SHORTHAND = (
     (re.compile(r"\bpt\b\.?"), "patient"),
     (re.compile(r"(?:^|(?<=\ba )|(?<=\bpatient ))(\d{1,2})m\b"), r"\1-year-old male"),
     (re.compile(r"(?:^|(?<=\ba )|(?<=\bpatient ))(\d{1,2})f\b"), r"\1-year-old female"),
+    (re.compile(r"\banything but\b"), "not"),
     (re.compile(r"\bdx\b"), "diagnosis"),
+    (re.compile(r"\bfhx?\b"), "family history"),
+    (re.compile(r"\b(?:pmh|h/o|s/p)\b"), "history of"),
+    (re.compile(r"\b(?:tx|rx)\b"), "treatment"),
+    (re.compile(r"\bbx\b"), "biopsy"),
+    (re.compile(r"\bf/u\b"), "follow-up"),
+    (re.compile(r"\brtc\b"), "return to clinic"),
+    (re.compile(r"\bc/o\b"), "complains of"),
+    (re.compile(r"\br/o\b"), "rule out"),
+    (re.compile(r"\bw/ "), "with "),
+    (re.compile(r"\bmalig\."), "malignant"),
+    (re.compile(r"\bue\b"), "upper extremity"),
+    (re.compile(r"\ble\b"), "lower extremity"),
+    (re.compile(r"\bdf\b"), "dermatofibroma"),
+    (re.compile(r"\bx ?(\d+) ?(?:y|yrs?)\b"), r"for \1 years"),
+    (re.compile(r"(?<![\w.-])(\d{2,3}) ?m(?=[,.:;)]|$)"), r"\1-year-old male"),
+    (re.compile(r"(?<![\w.-])(\d{2,3}) ?f(?=[,.:;)]|$)"), r"\1-year-old female"),
+    (re.compile(r"\b(light|dark),? as well as (light|dark) brown\b"), r"\1 brown and \2 brown"),
     (re.compile(r"\bhx\b"), "history"),
     (re.compile(r"\bw/o\b"), "without"),
     (re.compile(r"\bi\.e\.(?=[ ,])"), "that is"),
     (re.compile(r"\be\.g\.(?=[ ,])"), "such as"),
     (re.compile(r"\b(squamous|basal)-cell\b"), r"\1 cell"),
+    (re.compile(r"\b(?:m|male)(?:, ?|/)(\d{1,3})\b|\b(\d{1,3}) ?/ ?m\b"), r"\1\2-year-old male"),
+    (re.compile(r"\b(?:f|female)(?:, ?|/)(\d{1,3})\b|\b(\d{1,3}) ?/ ?f\b"), r"\1\2-year-old female"),
+    (
+        re.compile(
+            r"\b(?:the )?backs? of (?:the |his |her |their )?(?=(?:hand|neck|head|knee|foot|ear|leg|thigh|arm|forearm)"
+            r"s?\b)"
+        ),
+        "the ",
+    ),
+    (re.compile(r"\bin[- ]situ\b"), "in situ"),
+    (re.compile(r"\bscc\b"), "squamous cell carcinoma"),
+    (re.compile(r"\bbcc\b"), "basal cell carcinoma"),
+    (re.compile(r"\b(?:a |an )?(?:sk|seb\.? ?k)\b(?!-)"), "seborrheic keratosis"),
+    (re.compile(r"(?<!-)\bak\b(?!-)"), "actinic keratosis"),
+    (re.compile(r"\bssm\b"), "superficial spreading melanoma"),
+    (re.compile(r"\bmis\b"), "melanoma in situ"),
+    (re.compile(r"\b(light|dark)er brown\b"), r"\1 brown"),
+    (
+        re.compile(
+            r"\b(?:two |both |shades of |tones of |hues of )*browns?,? ?\(?(light|dark) (and|or|to) (light|"
+            r"dark)\)?(?! brown)"
+        ),
+        r"\1 brown \2 \3 brown",
+    ),
+    (
+        re.compile(r"\b(light|dark)-? (and|or|to) (light|dark) (?:shades?|tones?|hues?|tints?) of brown\b"),
+        r"\1 brown \2 \3 brown",
+    ),
+    (re.compile(r"\b(light|dark)- (and|or|to) (light|dark)-brown\b"), r"\1 brown \2 \3 brown"),
     (re.compile(r"\b(\d{1,3}-year-old) m\b"), r"\1 male"),
     (re.compile(r"\b(\d{1,3}-year-old) f\b"), r"\1 female"),
     (re.compile(r"\bmid-(?=\w+ties\b|teens\b)"), "mid "),
@@ -61,11 +120,17 @@ SHORTHAND = (
     (re.compile(r"\b(?:sex|gender): ?m\b"), "sex: male"),
     (re.compile(r"\b(?:sex|gender): ?f\b"), "sex: female"),
 )
+NOT_ONLY = re.compile(r"\bnot (?=only|just|merely|simply|solely)")  # it denies nothing
 MARKUP = re.compile(r"\*+|(?<!\w)#+ |(?<=\s)[•-] ")  # of Markdown; it carries no word
 LAY = ("mole", "moles")  # what a patient calls a lesion, whatever it is: "noticed that a mole had changed"
+BESIDE = re.compile(
+    r"\b(?:in front of|near|next to|behind|below|beneath|above|beside|close to|adjacent to|beyond|towards?|over|"
+    r"overlying|bordering) (?:the |his |her |their )?(?:left |right |upper |lower )*$"
+)
 FOUND_ON = re.compile(
     r"\b(?:often|commonly|typically|usually|frequently|primarily|mostly|can|may) (?:\w+ )?"
     r"(?:found|occurs?|appears?|seen|develops?|arises?|affects?)\b[^.;]*$"
+    r"|\b(?:most|more) (?:commonly|often|frequently) (?:\w+ )?(?:in|on|at)\b[^.;]*$"
 )
 WEIGHED = re.compile(
     r"(?:,? (?:and|or|versus) [\w ]{3,40}?)? (?:was|were|has been|have been) (?:also |both )?"
@@ -137,15 +202,22 @@ def found_words(clean: str, name: str) -> list[str]:
 
 def is_negated(clean: str, start: int, end: int, reach: int = NEGATION_REACH) -> bool:
     """Whether an odd number of negations stands shortly before `start`, in the same clause or list, or behind `end`."""
-    before = _list_pattern("negations").findall(_reach(clean, start, reach))
+    before = _list_pattern("negations").findall(NOT_ONLY.sub("", _reach(clean, start, reach)))
     number = len(before) - ("neither" in before and "nor" in before) + bool(DENIED_BEHIND.match(clean, end))
     return number % 2 == 1
 
 
 def is_aside(clean: str, start: int) -> bool:
     """Whether words like "such as" or "history of" shortly before `start` keep the term from being a claim."""
-    before = " ".join(re.split(r"[.!?;]\s", clean[:start])[-1].split()[-HEARSAY_REACH:])
+    before = re.sub(r"\bin other words\b", "", re.split(r"[.!?;]\s", clean[:start])[-1])
+    before = " ".join(before.split()[-HEARSAY_REACH:])
     return _list_pattern("asides").search(before) is not None
+
+
+def is_beside(clean: str, place: re.Match[str], site: str) -> bool:
+    """Whether a place of the site's region is only one that the lesion lies by: "in front of the ear" of a face."""
+    own = [p for p in split_places(site) if _is_place(p)]
+    return bool(own) and BESIDE.search(clean[: place.start()]) is not None and not exclude_each_other([place[0], *own])
 
 
 def is_weighed(clean: str, end: int) -> bool:
@@ -180,7 +252,7 @@ def _without_list_commas(clean: str) -> str:
 def without(clean: str, phrases: Iterable[str]) -> str:
     """The text with the phrases (and their plurals) blanked out, same length."""
     for phrase in phrases:
-        clean = re.sub(rf"(?<![\w-]){phrase_pattern(phrase)}(?![\w-])", lambda m: "_" * len(m[0]), clean)
+        clean = _phrase(phrase).sub(lambda m: "_" * len(m[0]), clean)
     return clean
 
 
@@ -191,7 +263,9 @@ def without_words(clean: str, name: str) -> str:
 
 def without_idle(clean: str) -> str:
     """The text without phrases in which the name of a place names no place of this lesion ("naked eye")."""
-    return without_words(without_words(clean, "idle_phrases"), "history_words")
+    for name in ("idle_phrases", "history_words", "treatment_words"):
+        clean = without_words(clean, name)
+    return clean
 
 
 def is_of_all(clean: str, start: int) -> bool:
@@ -203,15 +277,19 @@ def is_of_all(clean: str, start: int) -> bool:
 def phrase_pattern(phrase: str) -> str:
     """A pattern of the phrase in lower case that lets its last word stand in the plural, and bends punctuation."""
     escaped = r"[\s,/]+(?:and\s|or\s)?".join(re.escape(w) for w in re.split(r"[\s,/]+(?:and\s|or\s)?", phrase.lower()))
-    escaped = escaped.replace("nevus", "n(?:a?evus|a?evi)").replace("keratosis", "keratos[ei]s")
+    escaped = escaped.replace("nevus", "(?:n(?:a?evus|a?evi)|moles?)").replace("keratosis", "keratos[ei]s")
     escaped = escaped.replace("seborrheic", "seborrh?o?eic").replace("hemangioma", "ha?emangioma")
     return rf"{escaped}(?:s|es)?"
 
 
 def states_phrase(clean: str, phrase: str, reach: int = NEGATION_REACH) -> bool:
     """Whether the phrase stands in the text without a negation within `reach` words before it."""
-    pattern = rf"(?<![\w-]){phrase_pattern(phrase)}(?![\w-])"
-    return any(not is_negated(clean, m.start(), m.end(), reach) for m in re.finditer(pattern, clean))
+    return any(not is_negated(clean, m.start(), m.end(), reach) for m in _phrase(phrase).finditer(clean))
+
+
+@functools.lru_cache(maxsize=8192)
+def _phrase(phrase: str) -> re.Pattern[str]:
+    return re.compile(rf"(?<![\w-]){phrase_pattern(phrase)}(?![\w-])")
 
 
 @functools.cache
@@ -249,8 +327,13 @@ def exclude_each_other(places: Iterable[str]) -> bool:
 
 def split_places(site: str) -> list[str]:
     """The places that a site names: "head, neck or face" → head, neck, face."""
-    plain = site.replace(" or ", ", ").replace("front of the ", "").replace("side of the ", "")
-    return [place.removesuffix(" area") for place in split_words(plain)]
+    plain = site.replace(" or ", ", ").replace("/", ", ").replace("front of the ", "").replace("side of the ", "")
+    places = [place.removesuffix(" area") for place in split_words(plain)]
+    return [place if _is_place(place) else place.split()[-1] for place in places]
+
+
+def _is_place(name: str) -> bool:
+    return name in parents() or name in parents().values()
 
 
 @functools.cache
@@ -270,8 +353,13 @@ def _line(place: str) -> list[str]:
 @functools.cache
 def places_pattern() -> re.Pattern[str]:
     """Any place of the body by name, longest first."""
-    names = sorted({*parents(), *parents().values()}, key=len, reverse=True)
-    return re.compile(rf"(?<![\w-])(?:{'|'.join(map(re.escape, names))})(?![\w-])")
+    return re.compile(rf"(?<![\w-]){any_of({*parents(), *parents().values()})}(?![\w-])")
+
+
+@functools.cache
+def other_diseases() -> re.Pattern[str]:
+    """Any disease by name that belongs to none of the classes."""
+    return _list_pattern("other_diagnoses")
 
 
 def names_of(facts: Facts) -> list[str]:
@@ -284,11 +372,9 @@ def names_of(facts: Facts) -> list[str]:
 def _pattern(names: str) -> tuple[re.Pattern[str], dict[str, str]]:
     """(one pattern for all terms of a group list, longest first; term → group)."""
     group_of = {str(term): group for group, found in terms()[names].items() for term in found}
-    longest = sorted(group_of, key=len, reverse=True)
-    return re.compile(rf"(?<![\w-])(?:{'|'.join(map(re.escape, longest))})(?![\w-])"), group_of
+    return re.compile(rf"(?<![\w-]){any_of(group_of)}(?![\w-])"), group_of
 
 
 @functools.cache
 def _list_pattern(name: str) -> re.Pattern[str]:
-    longest = sorted(phrases_of(name), key=len, reverse=True)
-    return re.compile(rf"(?<![\w-])(?:{'|'.join(map(re.escape, longest))})(?![\w-])")
+    return re.compile(rf"(?<![\w-]){any_of(phrases_of(name))}(?![\w-])")

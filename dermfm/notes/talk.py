@@ -61,7 +61,8 @@ TALK = tuple(
         r"make)\b",
         r"\b(?:note|answer|summary|request|instruction)s? (?:cannot|can't|could not|will not) be\b|\bword count\b",
         # whoever speaks of writing speaks of the note
-        r"\b(?:writ(?:e|es|ing|ten)|draft(?:ed|ing)|composing|automated|automatically|generated|summari[sz](?:e|ing|"
+        r"(?<!he )(?<!patient )\b(?:writ(?:e|es|ing|ten)|draft(?:ed|ing)|composing|automated|automatically|"
+        r"generated|summari[sz](?:e|ing|"
         r"ed))\b",
         r"\b(?:my|our) (?:place|remit|role|abilit\w+|capabilit\w+|knowledge|guidelines|polic\w+|programming|"
         r"instructions|"
@@ -76,6 +77,8 @@ TALK = tuple(
         r"\b(?:disclaimer|(?:educational|informational|illustrative|illustration) purposes|(?:medical|"
         r"professional) advice|please)\b",
         r"\b(?:substitute|replacement) for\b|\bnot (?:a|an) (?:\w+ )?(?:diagnosis by|consultation)\b",
+        r"^\W*(?:and )?my name is\b|\bi(?:'m| am) an? (?:\w+ )?(?:dermatologist|doctor|physician|clinician|nurse|"
+        r"student)\b",
         r"^(?:always )?(?:consult|contact|seek|ask|speak (?:to|with)|talk to|visit|see|discuss)(?: with)? (?:an?|the|"
         r"your|professional|medical|expert)\b",
         r"^\W*(?:got it|end of|sure|certainly|of course|absolutely|okay|ok|great|alright|understood|here (?:is|are|"
