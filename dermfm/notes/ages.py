@@ -9,7 +9,7 @@ from dermfm.notes.facts import terms
 TENS = {"twenty": 20, "thirty": 30, "forty": 40, "fifty": 50, "sixty": 60, "seventy": 70, "eighty": 80, "ninety": 90}
 ONES = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 AGE_IN_WORDS = re.compile(
-    rf"(?<=aged )({'|'.join(TENS)})(?:[- ]({'|'.join(ONES)}))?\b|\b({'|'.join(TENS)})(?:[- ]({'|'.join(ONES)}))?"
+    rf"(?:(?<=aged )|(?<=man of )|(?<=girl of )|(?<=boy of )|(?<=lady of )|(?<=male of )|(?<=patient of ))({'|'.join(TENS)})(?:[- ]({'|'.join(ONES)}))?\b|\b({'|'.join(TENS)})(?:[- ]({'|'.join(ONES)}))?"
     r"(?=[- ]years?\b)"
 )
 CHILD_AGES = (
@@ -26,6 +26,7 @@ CHILD_AGES = (
     "nineteen",
 )
 CHILD = re.compile(rf"\b({'|'.join(CHILD_AGES)})(?=-years?-old\b| years? of age\b)")
+OLDEST = 120  # years
 BEHIND_AGE = r"(?=[,.;:)]|$| (?:with|who|has|had|presents|presented|and)\b)"  # not "a woman, 3 papules on the arm"
 AGES = (
     re.compile(r"\b(\d{1,3})[- ]years?[- ]?olds?\b"),
@@ -54,8 +55,8 @@ AGES = (
 
 
 def ages(clean: str) -> list[str]:
-    """The numbers that are said as somebody's age."""
-    return [number for pattern in AGES for number in pattern.findall(clean)]
+    """The numbers that are said as somebody's age: none beyond a human life."""
+    return [number for pattern in AGES for number in pattern.findall(clean) if int(number) <= OLDEST]
 
 
 def age_words(clean: str, words: list[str]) -> list[str]:

@@ -40,11 +40,11 @@ KINDS = (
 )  # fmt: skip
 SITE_REACH = 3  # "not on the back"; in "rather than a nevus of the back" the nevus is denied
 THESE = re.compile(r"\b(?:are|is|was|were|these|as|has|have)(?: \w+){0,3} $")
-DERMOSCOPIC = r"(?<!non-)(?<!non)(?<!without )\bderm(?:at)?oscop|\bepiluminescence|\bsurface microscopy"
+DERMOSCOPIC = r"(?<!non-)(?<!non)(?<!without )(?<!without a )(?<!without the )\bderm(?:at)?oscop|\bepiluminescence|\bsurface microscopy"
 OTHER_IMAGE = {
     "dermoscopic": re.compile(
         r"\b(?:clinical(?:ly)?|macroscopic|non-dermoscopic|naked-eye),? (?:close-up,? |overview,? |"
-        r"non-dermoscopic,? )?"
+        r"non-dermoscopic,? |macro |digital |standard |smartphone |colou?r )?"
         r"(?:image|photo|picture|photograph|photography|view|shot|close-up)s?\b|\bnon-?derm(?:at)?oscop\w+"
         r"|\bwithout (?:a |the )?(?:derm(?:at)?oscop\w+)"
     ),
@@ -61,7 +61,7 @@ OF_A_LESION = re.compile(
 OF_ONE_VALUE = ("age", "sex", "site", "asymmetry", "border", "diagnosis", "malignancy")
 # "clinical" says nothing of a picture before these
 NO_PICTURE = (
-    r"(?!\w* (?:note|significan|issue|diagnos|history|context|correlation|trial|practice|relevance|concern|course|"
+    r"(?!\w* (?:note|significan|issue|diagnos|history|context|correlation|trial|practice|impression|nurse|staff|team|relevance|concern|course|"
     r"setting|management|decision|suspicion|dermatolog|record|stud))"
 )
 HEADING = re.compile(r"\bmalignancy(?: status)?(?::| is| was)(?= (?:benign|pre|malignant))")  # it claims nothing itself
@@ -140,6 +140,7 @@ def states(clean: str, name: str, facts: Facts) -> bool:
         return all(_states_word(clean, word, f"{name[:-1]}_names", facts) for word in split_words(value))
     if name == "site":
         ways = [value, *terms()["site_aliases"].get(value, ())]
+        clean = re.sub(r"\bof (?:his|her|their) ", "of the ", clean)  # "the front of her torso"
         return any(states_phrase(clean, way, SITE_REACH) for way in ways)
     plain = re.sub(r" \([^()]*\)", "", clean)  # "dysplastic (atypical) nevus"
     ways = [value, *_same(value), *_of_type(value)]

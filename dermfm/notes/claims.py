@@ -45,7 +45,7 @@ DENIED_LIST = re.compile(rf"\b(?:no|without|neither|free of|lacks|lacking) {ITEM
 DENIED_BEHIND = re.compile(
     r"(?:(?:,| and| or|,? nor) [\w -]{2,30})*: ?(?:none|absent|not |nil|no\b|negative)|"
     r"(?: or [\w-]+| \w+oma| (?:process|lesion|tumou?r|growth|change|disease|neoplasm|nature|cause|behaviou?r|"
-    r"features?))?(?:(?:,| and| or|,? nor) [\w -]{3,40}?){0,3}"
+    r"features?))?(?:(?:,| and| or|,? nor) (?!but\b|which\b|though\b|it\b)[\w -]{3,40}?){0,3}"
     r"(?: (?:is|was|are|were|has been|have been|can be|could be)| (?=not)| can(?= ?not)| could(?= not)) "
     r"(?:(?!not\b|never\b|excluded\b)\w+ )?"
     r"(?:absent|missing|lacking|spared|unaffected|uninvolved|excluded|unlikely|ruled out|dismissed|rejected|improbable|"
@@ -61,6 +61,7 @@ SHORTHAND = (
     (re.compile(r"(?:^|(?<=\ba )|(?<=\bpatient ))(\d{1,2})m\b"), r"\1-year-old male"),
     (re.compile(r"(?:^|(?<=\ba )|(?<=\bpatient ))(\d{1,2})f\b"), r"\1-year-old female"),
     (re.compile(r"\banything but\b"), "not"),
+    (re.compile(r"\basymmetry: ?(?:yes|present|seen|\+)(?=\W|$)"), "asymmetric"),
     (re.compile(r"\bdx\b"), "diagnosis"),
     (re.compile(r"\bfhx?\b"), "family history"),
     (re.compile(r"\b(?:pmh|h/o|s/p)\b"), "history of"),
@@ -127,6 +128,7 @@ BESIDE = re.compile(
     r"\b(?:in front of|near|next to|behind|below|beneath|above|beside|close to|adjacent to|beyond|towards?|over|"
     r"overlying|bordering) (?:the |his |her |their )?(?:left |right |upper |lower )*$"
 )
+NEAR = re.compile(r"\b(?:near|next to|beside|close to|adjacent to) (?:the |his |her |their )?(?:\w+ )?$")  # never at it
 FOUND_ON = re.compile(
     r"\b(?:often|commonly|typically|usually|frequently|primarily|mostly|can|may) (?:\w+ )?"
     r"(?:found|occurs?|appears?|seen|develops?|arises?|affects?)\b[^.;]*$"
@@ -215,8 +217,10 @@ def is_aside(clean: str, start: int) -> bool:
 
 
 def is_beside(clean: str, place: re.Match[str], site: str) -> bool:
-    """Whether a place of the site's region is only one that the lesion lies by: "in front of the ear" of a face."""
+    """Whether a place is only one that the lesion lies by: "in front of the ear" of a face, near any other."""
     own = [p for p in split_places(site) if _is_place(p)]
+    if own and NEAR.search(clean[: place.start()]):
+        return True
     return bool(own) and BESIDE.search(clean[: place.start()]) is not None and not exclude_each_other([place[0], *own])
 
 

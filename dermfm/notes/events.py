@@ -37,7 +37,7 @@ DURATION = re.compile(
     r"weeks?) old\b|\b(?:for|over|within|about|almost|nearly) (?:days|weeks|months|years|decades|an? (?:year|month|"
     r"week|decade))\b|\b(?:past|following|preceding|recent|previous|last|"
     r"coming) (?:\w+ )?(?:days?|weeks?|months?|years?|decades?|summer|winter|spring|autumn|fall)\b"
-    rf"|\b(?:since|in|over) (?:the |last |this |one |a )?(?:{MONTHS}|(?:19|20)\d\d|spring|summer|autumn|winter)\b"
+    rf"|\b(?:since|in|over) (?:the |last |this |one |a |late |early |mid-?)?(?:{MONTHS}|(?:19|20)\d\d|spring|summer|autumn|winter)\b"
     r"(?! image)"
 )
 AHEAD = re.compile(r"\b(?:in|within|every|after|for|next|another|again in|of|coming|following)(?: the)? $")
@@ -56,7 +56,9 @@ CHANGED = (
 )
 PEOPLE = r"(?:she|he|they|patient|man|woman|who|wife|husband|family|parents|daughter|son)"
 OFTEN = r"(?:also |never |always |usually |often |regularly |first |now |still |not |had |has |\w+ly )*"
+RECENT = r"\b(?:recently|lately|newly) (?:developed|appeared|noticed|formed|grew|undergone)\b"
 PAST = (
+    re.compile(RECENT),
     re.compile(rf"\b(?:has|have|had|having|'s|'ve) {OFTEN}(?:been {OFTEN}{BE_CHANGING}|{CHANGED})\b"),
     re.compile(
         rf"\b{PEOPLE} {OFTEN}(?:works?|worked|smokes?|smoked|drinks|drank|plays?|played|swims?|swam|"
@@ -91,7 +93,7 @@ PLAN = re.compile(
     r"\b(?:recommend\w*|advi[sc]\w*|should|suggest\w*|plan(?:s|ned|ning)?|will|requires?|required|needs?|needed|"
     r"warrant\w*|consider(?:ed)?|schedul\w*|indicated|necessary|must|ought|may|might|could|would|next|pending|"
     r"encouraged|urged|offered|discussed|arranged?|booked|propos\w+|request\w*|awaits?|awaiting|awaited|ordered|please|"
-    r"if|decision|appropriate|can|to be|to confirm|to exclude|to rule out|following)\b"
+    r"if|decision|appropriate|can|to be|undergoing|to confirm|to exclude|to rule out|following)\b"
 )
 TO_SAY = (  # what should be thought or said of a lesion is no advice
     r"(?:considered|regarded|noted|interpreted|seen|called|classified|understood|mentioned|emphasi[sz]ed|stressed|kept "
@@ -160,6 +162,7 @@ def events(clean: str, facts: Facts) -> Iterator[tuple[str, str]]:
 def past_events(clean: str) -> Iterator[tuple[str, str]]:
     """What tells a history only where a sentence has nothing else that is unsupported."""
     blank = said.without_words(clean, "idle_phrases")
+    blank = re.sub(r"\bhad been (?=(?:\w+ly )?(?:diagnosed|confirmed|classified|identified)\b)", "", blank)
     yield from (("history", term) for term in said.found_words(blank, "past_words"))
     yield from (("history", m[0]) for m in REPORTED.finditer(blank))
 
@@ -172,7 +175,7 @@ def happened(clean: str, term: str) -> bool:
     """Whether the term is told as what was done or had: "I was referred to you" tells of a referral."""
     return (
         re.search(
-            rf"\b(?:been|was|were|have|undergo\w* an?|(?:patient|man|woman|male|female|he|she) (?:with|has|"
+            rf"{RECENT}|\b(?:been|being|was|were|have|undergo\w* an?|(?:patient|man|woman|male|female|he|she) (?:with|has|"
             rf"had) an?)(?: \w+ly)? {re.escape(term)}\b",
             clean,
         )

@@ -20,7 +20,7 @@ NO_LOOK = re.compile(  # "regular checks", "2 mm thick"
 LOOKS_LIKE = re.compile(
     r"\b\w+-(?:like|shaped|colou?red|toned|edged|textured|tinged|hued|tinted|bordered|patterned|surfaced|topped|"
     r"rimmed)\b"
-    r"|\b(?:resembl\w+|looks? like|looking like|reminiscent of) an? (?!\w* ?(?:lesion|skin))\w+"
+    r"|\b(?:resembl\w+|looks? like|looking like|reminiscent of) an? (?!benign|malignant|typical)(?!(?:\w+ ){0,2}(?:lesion|skin|nevus|naevus|mole|\w+oma|keratosis|lentigo)\b)\w+"
     r"|\ban? (?!benign|malignant|typical|clinical|dermoscopic|characteristic|classic|normal|common|suspicious|first|"
     r"second|third|close|closer|good|quick|careful|further)[\w-]+ "
     r"(?:look|feel|finish|sheen)\b"
@@ -30,7 +30,7 @@ UNLIKE = re.compile(r"\b(?:unlike|as opposed to|in contrast to)(?: \w+){0,3} $")
 PERSONAL: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("name", re.compile(r"\b(?:Mr|Mrs|Ms|Miss|Dr|Prof)\b\.?|\bDear\b|\b[Nn]ame(?:d| is|:) [A-Z][a-z]+")),
     ("date", re.compile(
-        rf"\b\d{{1,2}}(?:st|nd|rd|th)?\.? (?:of )?(?:{MONTHS}),?(?: \d{{4}})?\b|\b(?:{MONTHS}) \d{{1,4}}\b"
+        rf"\b\d{{1,2}}(?:st|nd|rd|th)?\.? (?:of )?(?:{MONTHS}),?(?: \d{{4}})?\b|\b(?:{MONTHS}) (?:\d{{1,2}}(?:st|nd|rd|th)?,? )?\d{{4}}\b"
         r"|\b\d{4}-\d{2}-\d{2}\b|\b\d{1,2}[./]\d{1,2}[./]\d{2,4}\b", re.IGNORECASE)),
     ("phone", re.compile(r"(?<![\w.])\+?\d[\d ()/-]{7,}\d\b")),
     ("address", re.compile(r"\S+@\S+\.\w+|https?://|\bwww\.")),
@@ -58,6 +58,7 @@ FULL_NAME = re.compile(
 ONE_NAME = re.compile(
     r"\b([A-Z][a-z]{2,}),? (?:(?:is|was|has been|aged?|an?|\() ?){1,2}\d{1,3}\b"
     r"|^([A-Z][a-z]{2,}), \d{1,3}\b"
+    r"|^([A-Z][a-z]{2,}), an? (?:[\w-]+ )?(?:man|woman|boy|girl|lady|gentleman|male|female|patient)\b"
     r"|\b(?:[Pp]atient:?|Lady|Sir|named) ([A-Z][a-z]{2,})\b"
     r"|\b(?:mother|father|wife|husband|daughter|son|sister|brother|partner|colleague|dermatologist|doctor|nurse|"
     r"surgeon|"

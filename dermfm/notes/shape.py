@@ -39,7 +39,7 @@ HALVES = {
         r"|\bnot (?:a |the )?mirror|\bneither half (?:mirrors|matches)|\bone half (?:\w+ ){0,2}(?:unlike|differ|not)"
     ),
     "symmetric": re.compile(
-        r"\bhalves (?:\w+ly )?(?:match|mirror|correspond|agree|are (?:\w+ly )?(?:alike|equal|identical|the same|mirror|"
+        r"\bhalves (?:of (?:the|this|its) \w+ |of it )?(?:\w+ly )?(?:match|mirror|correspond|agree|are (?:\w+ly )?(?:alike|equal|identical|the same|mirror|"
         r"congruent|matching)|look (?:alike|the same|equal))|\bmirror images? of (?:each|one an)other"
     ),
 }
@@ -62,6 +62,9 @@ BLURRED = (
 )
 BE = r"(?:is|are|was|were|appears?|looks?|seems?|remains?|being|stays?)"
 BORDER = {
+    "mixed": re.compile(
+        rf"\b{EDGE}(?: \w+){{0,2}} {BE} (?:of (?:an? )?)?mixed\b(?! colou?r| with)|\bmixed (?:\w+ )?{EDGE}\b"
+    ),
     "sharp": re.compile(
         rf"\b(?:sharply|crisply|clearly|well|neatly|cleanly|precisely|distinctly|abruptly|strictly|"
         rf"exactly)[- ]{DRAWN}\b"
@@ -73,7 +76,7 @@ BORDER = {
     "indistinct": re.compile(
         rf"\b(?:poorly|ill|vaguely|badly|indistinctly|hardly|barely|weakly|faintly|imprecisely|loosely|"
         rf"scarcely)[- ]{DRAWN}\b"
-        rf"|\b(?:not|without|no) (?:\w+ )?(?:well|clearly|sharply|crisply)[- ]{DRAWN}\b"
+        rf"|\b(?:not|cannot|can't|without|no) (?:\w+ )?(?:well|clearly|sharply|crisply)[- ]{DRAWN}\b"
         rf"|\b{BLURRED}(?:,? (?:and )?\w+)?,? {EDGE}\b|\b{EDGE}(?: \w+){{0,3}} {BE} (?:\w+ly |very |quite |"
         rf"rather )?{BLURRED}\b"
         rf"|\b(?:melt|fade|blend|merge|dissolve|bleed|trail|shade|peter|fizzle|diffuse|vanish|run|pass)(?:s|es|ing)? "
@@ -98,7 +101,7 @@ def shape_claims(clean: str, facts: Facts, name: str) -> Claims:
 
 
 def _symmetry(sentence: str) -> Claims:
-    told = said.claims(sentence, "asymmetry_names")
+    told = [c for c in said.claims(sentence, "asymmetry_names") if not _is_of_a_limb(sentence, c)]
     found = [(OPPOSITE[c.group], f"not {c.term}") if c.negated else (c.group, c.term) for c in told]
     noun = SYMMETRY.search(sentence)
     word = noun and (noun["word"] or noun["about"] or noun["seen"])
@@ -110,6 +113,11 @@ def _symmetry(sentence: str) -> Claims:
     if not found:
         found = [(group, m[0]) for group, pattern in HALVES.items() if (m := pattern.search(sentence))][:1]
     return found
+
+
+def _is_of_a_limb(sentence: str, claim: said.Claim) -> bool:
+    """Whether a part of the body is called so, not the lesion: "a symmetrical upper extremity"."""
+    return said.places_pattern().match(sentence, claim.start + len(claim.term) + 1) is not None
 
 
 def _border(sentence: str) -> Claims:

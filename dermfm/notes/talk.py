@@ -13,7 +13,7 @@ from dermfm.notes.claims import found_words
 # What one refuses to do, without verbs that a finding may have as its subject ("dermoscopy could not confirm").
 DEED = (
     "provide|give|offer|assist|help|write|generate|create|produce|complete|comply|fulfil|fulfill|comment|"
-    "interpret|analy[sz]e|diagnose|answer|respond|discuss|process|access|open|have access|engage|continue|proceed|"
+    "interpret|analy[sz]e|diagnose|answer|respond(?! to (?:\\w+ ){0,2}(?:treatment|therap|drug|medic))|discuss|process|access|open|have access|engage|continue|proceed|"
     "share|disclose|draft|compose|supply|summari[sz]e|describe|examine images|view images|accept|carry out"
 )
 CANNOT = (
@@ -52,7 +52,8 @@ TALK = tuple(
         rf"\b(?:this|the|these|those|all) (?:(?:{KIND_OF_TEXT}) )*(?:{TEXT})\b",
         rf"\b(?:a|an|one) (?:(?:{KIND_OF_TEXT}) )+(?:{TEXT})\b",
         rf"\b(?:no|without (?:an?|any|the)|insufficient|not enough|more|additional|further) (?:\w+ )?(?:{PICTURE})s?"
-        r"(?: \w+){0,6} (?:provided|attached|supplied|uploaded|shared|needed|required|to)\b",
+        r"(?: \w+){0,6} (?:provided|attached|supplied|uploaded|shared|needed|required|to (?:make|write|give|assess|describe|diagnose|provide|"
+        r"complete|determine|help|say|confirm|go on))\b",
         rf"\b(?:{PICTURE}) (?:was|were|is|has been|have been) (?:not|never) (?:provided|attached|supplied|uploaded|"
         rf"available|shared|visible)\b",
         r"\b(?:nothing|no (?:note|diagnosis|description|assessment|statement|comment|opinion|conclusion|"
@@ -70,6 +71,7 @@ TALK = tuple(
         r"what) (?:scope|remit|i)\b",
         r"\bas an? (?:[\w-]+ )*(?:model|assistant|system|program|bot)\b",
         r"\bnothing (?:else |more )?(?:was|has been|is|were) (?:added|invented|omitted|left out|changed)\b",
+        r"\bin (?:one|two|three|four|five|\d) (?:\w+ )?(?:sentences?|words|lines|paragraphs?)\b|\bunnecessary words\b",
         r"\b(?:one|two|three|single)-(?:sentence|paragraph|line)\b|\bin plain (?:language|english|words|prose)\b",
         r"\b(?:thanks|thank you|apolog\w+|sorry|feel free|regards|sincerely|let me|hello|hi|greetings|"
         r"good (?:morning|day)|dear)\b",
