@@ -179,10 +179,11 @@ def sentences(text: str) -> list[str]:
     return [s.strip() for s in SENTENCE_END.split(text.strip()) if s.strip()]
 
 
-def claims(clean: str, names: str) -> list[Claim]:
+@functools.lru_cache(maxsize=1024)
+def claims(clean: str, names: str) -> tuple[Claim, ...]:
     """All terms of the group list `names` of `terms.yaml` in a normalised sentence, in reading order."""
     pattern, group_of = _pattern(names)
-    return [
+    return tuple(
         Claim(
             group_of[m[0]],
             m[0],
@@ -194,7 +195,7 @@ def claims(clean: str, names: str) -> list[Claim]:
             or (m[0] in LAY and bool(found_words(clean, "history_words"))),
         )
         for m in pattern.finditer(clean)
-    ]
+    )
 
 
 def found_words(clean: str, name: str) -> list[str]:
@@ -255,6 +256,11 @@ def _without_list_commas(clean: str) -> str:
 
 def without(clean: str, phrases: Iterable[str]) -> str:
     """The text with the phrases (and their plurals) blanked out, same length."""
+    return _blanked(clean, tuple(phrases))
+
+
+@functools.lru_cache(maxsize=1024)
+def _blanked(clean: str, phrases: tuple[str, ...]) -> str:
     for phrase in phrases:
         clean = _phrase(phrase).sub(lambda m: "_" * len(m[0]), clean)
     return clean
