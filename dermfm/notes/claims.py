@@ -43,9 +43,9 @@ ITEM = r"[\w-]+(?: [\w-]+){0,2}"
 DENIED_LIST = re.compile(rf"\b(?:no|without|neither|free of|lacks|lacking) {ITEM}(?:, {ITEM})*,? (?:or|nor) ")
 # "melanoma is unlikely": the negation follows what it negates
 DENIED_BEHIND = re.compile(
-    r"(?:(?:,| and| or|,? nor) [\w -]{2,30})*: ?(?:none|absent|not |nil|no\b|negative)|"
+    r"(?:(?:,| and| or|,? nor) [\w-]+(?: [\w-]+)?){0,6}: ?(?:none|absent|not |nil|no\b|negative)|"
     r"(?: or [\w-]+| \w+oma| (?:process|lesion|tumou?r|growth|change|disease|neoplasm|nature|cause|behaviou?r|"
-    r"features?))?(?:(?:,| and| or|,? nor) (?!but\b|which\b|though\b|it\b)[\w -]{3,40}?){0,3}"
+    r"features?))?(?:(?:,| and| or|,? nor) (?!but\b|which\b|though\b|it\b)[\w -]{3,30}?){0,2}"
     r"(?: (?:is|was|are|were|has been|have been|can be|could be)| (?=not)| can(?= ?not)| could(?= not)) "
     r"(?:(?!not\b|never\b|excluded\b)\w+ )?"
     r"(?:absent|missing|lacking|spared|unaffected|uninvolved|excluded|unlikely|ruled out|dismissed|rejected|improbable|"

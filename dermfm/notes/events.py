@@ -35,9 +35,10 @@ EXTENT = re.compile(
 DURATION = re.compile(
     rf"\b{COUNT}[ -]{PERIOD}\b(?![ -]old| of age)|\b(?:two|three|four|five|six|ten|several|a few) (?:years?|months?|"
     r"weeks?) old\b|\b(?:for|over|within|about|almost|nearly) (?:days|weeks|months|years|decades|an? (?:year|month|"
-    r"week|decade))\b|\b(?:past|following|preceding|recent|previous|last|"
-    r"coming) (?:\w+ )?(?:days?|weeks?|months?|years?|decades?|summer|winter|spring|autumn|fall)\b"
-    rf"|\b(?:since|in|over) (?:the |last |this |one |a |late |early |mid-?)?(?:{MONTHS}|(?:19|20)\d\d|spring|summer|autumn|winter)\b"
+    r"week|decade))\b|\b(?:past|following|preceding|recent|previous|last|coming) (?:\w+ )?(?:days?|weeks?|months?|"
+    r"years?|decades?|summer|winter|spring|autumn|fall)\b"
+    rf"|\b(?:since|in|over) (?:the |last |this |one |a |late |early |mid-?)?(?:{MONTHS}|(?:19|20)\d\d|spring|summer|"
+    r"autumn|winter)\b"
     r"(?! image)"
 )
 AHEAD = re.compile(r"\b(?:in|within|every|after|for|next|another|again in|of|coming|following)(?: the)? $")
@@ -68,9 +69,8 @@ PAST = (
     ),
     re.compile(
         r"\bhad (?:\w+ly |never |already )?(?:(?!diagnosed|presented|examined|imaged)\w+ed|seen|known|grown|begun|"
-        r"taken|gone|"
-        r"come)\b|\b(?:cut|nicked|burned|burnt|scratched|hurt|injured|knocked|bumped|hit) (?:herself|himself|"
-        r"themselves|it)\b"
+        r"taken|gone|come)\b|\b(?:cut|nicked|burned|burnt|scratched|hurt|injured|knocked|bumped|hit) (?:herself|"
+        r"himself|themselves|it)\b"
     ),
     re.compile(
         r"\b(?:noticed|discovered|spotted|found|detected|seen|noted) (?:\w+ )?(?:by (?:her|his|their|the patient's) |"
@@ -79,8 +79,7 @@ PAST = (
     ),
     re.compile(
         r"\b(?:when|while) (?:she|he|the patient|they) (?:was|were|had) |\bas an? (?:child|teenager|youth|young|boy|"
-        r"girl"
-        r"|student|baby|infant)\b|\bever since\b|\b(?:onset|duration|evolution) (?:of|is|was|over)\b"
+        r"girl|student|baby|infant)\b|\bever since\b|\b(?:onset|duration|evolution) (?:of|is|was|over)\b"
     ),
 )
 # What a patient is said to say is history where it is nothing else
@@ -92,20 +91,20 @@ REPORTED = re.compile(
 PLAN = re.compile(
     r"\b(?:recommend\w*|advi[sc]\w*|should|suggest\w*|plan(?:s|ned|ning)?|will|requires?|required|needs?|needed|"
     r"warrant\w*|consider(?:ed)?|schedul\w*|indicated|necessary|must|ought|may|might|could|would|next|pending|"
-    r"encouraged|urged|offered|discussed|arranged?|booked|propos\w+|request\w*|awaits?|awaiting|awaited|ordered|please|"
-    r"if|decision|appropriate|can|to be|undergoing|to confirm|to exclude|to rule out|following)\b"
+    r"encouraged|urged|offered|discussed|arranged?|booked|propos\w+|request\w*|awaits?|awaiting|awaited|ordered|"
+    r"please|if|decision|appropriate|can|to be|undergoing|to confirm|to exclude|to rule out|"
+    r"following)\b"
 )
 TO_SAY = (  # what should be thought or said of a lesion is no advice
-    r"(?:considered|regarded|noted|interpreted|seen|called|classified|understood|mentioned|emphasi[sz]ed|stressed|kept "
-    r"in mind|remembered|confused|distinguished|differentiated|correlated|read|viewed|thought|taken as|reported|"
-    r"documented|described|labell?ed|named|recorded|assumed|used only|given|diagnosed|able|present|visible|"
+    r"(?:considered|regarded|noted|interpreted|seen|called|classified|understood|mentioned|emphasi[sz]ed|stressed|"
+    r"kept in mind|remembered|confused|distinguished|differentiated|correlated|read|viewed|thought|taken as|"
+    r"reported|documented|described|labell?ed|named|recorded|assumed|used only|given|diagnosed|able|present|visible|"
     r"difficult|mistaken|cause|worry|guide|concern)"
 )
 ADVICE = (
     re.compile(
         rf"\b(?:should|must|ought to|needs? to|has to|have to|shall)(?: not| also| only| now| then| always| never|"
-        rf" \w+ly)?"
-        rf"(?: be)?(?: \w+ly)? (?!be\b|not\b|{TO_SAY})[a-z]+"
+        rf" \w+ly)?(?: be)?(?: \w+ly)? (?!be\b|not\b|{TO_SAY})[a-z]+"
     ),
     re.compile(
         r"\b(?:is|are|was|were|has been|have been|being|seems|appears|be) (?:\w+ly |also |not |therefore |now |then "
@@ -114,19 +113,17 @@ ADVICE = (
         r"indicated(?! by)|offered|proposed|prescribed|pending|awaited|sufficient|enough)\b"
     ),
     re.compile(
-        r"\b(?:recommend(?:s|ed|ing|ations?)?|advis(?:e|es|ed|ing)|advice|schedul(?:e|es|ed|ing)|arrang(?:e|es|ed|ing)|"
-        r"urg(?:e|es|ed|ing)|encourag(?:e|es|ed|ing)|instruct(?:s|ed|ing)|warrants?|counsels?)\b(?! as)"
-        r"|\bplan(?:s|ned|ning)? (?:is|to|for|was|of)\b"
+        r"\b(?:recommend(?:s|ed|ing|ations?)?|advis(?:e|es|ed|ing)|advice|schedul(?:e|es|ed|ing)|arrang(?:e|es|ed|"
+        r"ing)|urg(?:e|es|ed|ing)|encourag(?:e|es|ed|ing)|instruct(?:s|ed|ing)|warrants?|"
+        r"counsels?)\b(?! as)|\bplan(?:s|ned|ning)? (?:is|to|for|was|of)\b"
         rf"|\b(?:she|he|patient|they|we|lesion|it|tumou?r|mole) will (?:be )?(?!be\b|{TO_SAY})\w+\b"
     ),
     re.compile(
         r"^(?:\W*(?:plan|recommendations?|advice|next steps?|management|treatment|follow-up|therapy|"
         r"disposition)\b ?[:,-])"
         r"|^\W*(?:avoid|apply|monitor|excise|repeat|refer|biopsy|schedule|return|wear|recheck|continue|start|stop|"
-        r"perform|"
-        r"treat|remove|protect|limit|watch|arrange|book|reassess|re-examine|stay|discontinue|use|keep|observe|"
-        r"recommend|"
-        r"suggest|advise|reassure|follow up|review in|discharge)\b(?! (?:is|was|of|by)\b)"
+        r"perform|treat|remove|protect|limit|watch|arrange|book|reassess|re-examine|stay|discontinue|use|keep|observe|"
+        r"recommend|suggest|advise|reassure|follow up|review in|discharge)\b(?! (?:is|was|of|by)\b)"
     ),
 )
 

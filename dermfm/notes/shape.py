@@ -34,13 +34,15 @@ SYMMETRY = re.compile(
 HALVES = {
     "asymmetric": re.compile(
         r"\b(?:halves|sides|parts)(?: of (?:the|this) lesion| of it)? (?:\w+ )?(?:do not|don't|does not|fail to|"
-        r"are not|aren't|hardly|never|differ|are "
-        r"(?:un|dif)\w+)(?! differ)|\b(?:is|are|looks?|appears?) (?:lopsided|skewed|off-balance)\b"
+        r"are not|aren't|hardly|never|differ|are (?:un|dif)\w+)(?! differ)|\b(?:is|are|looks?|appears?) (?:lopsided|"
+        r"skewed|off-balance)\b"
         r"|\bnot (?:a |the )?mirror|\bneither half (?:mirrors|matches)|\bone half (?:\w+ ){0,2}(?:unlike|differ|not)"
     ),
     "symmetric": re.compile(
-        r"\bhalves (?:of (?:the|this|its) \w+ |of it )?(?:\w+ly )?(?:match|mirror|correspond|agree|are (?:\w+ly )?(?:alike|equal|identical|the same|mirror|"
-        r"congruent|matching)|look (?:alike|the same|equal))|\bmirror images? of (?:each|one an)other"
+        r"\bhalves (?:of (?:the|this|its) \w+ |of it )?"
+        r"(?:\w+ly )?(?:match|mirror|correspond|agree|are (?:\w+ly )?(?:alike|equal|identical|the same|"
+        r"mirror|congruent|matching)|look (?:alike|the same|equal))|\bmirror images? of (?:each|"
+        r"one an)other"
     ),
 }
 EDGE = (
@@ -52,13 +54,13 @@ DRAWN = (
     r"separated|set off|contoured|traced|marked|edged|drawn|visible|distinguishable|discernible|recogni[sz]able)"
 )
 CRISP = (
-    r"(?:sharp|crisp|clean|clear|distinct|neat|precise|definite|well-defined|well-demarcated|well-circumscribed|abrupt|"
-    r"clear-cut|clean-cut|sharp-cut)"
+    r"(?:sharp|crisp|clean|clear|distinct|neat|precise|definite|well-defined|well-demarcated|well-circumscribed|"
+    r"abrupt|clear-cut|clean-cut|"
+    r"sharp-cut)"
 )
 BLURRED = (
     r"(?:blurred|blurry|fuzzy|hazy|vague|indistinct|unclear|soft|smudgy|smudged|diffuse|ill-defined|poor|washed-out|"
-    r"faint|"
-    r"undefined|unsharp|indefinite|imprecise|faded|fading|gradual|nebulous|obscure|elusive|woolly|feathered)"
+    r"faint|undefined|unsharp|indefinite|imprecise|faded|fading|gradual|nebulous|obscure|elusive|woolly|feathered)"
 )
 BE = r"(?:is|are|was|were|appears?|looks?|seems?|remains?|being|stays?)"
 BORDER = {
@@ -75,14 +77,13 @@ BORDER = {
     ),
     "indistinct": re.compile(
         rf"\b(?:poorly|ill|vaguely|badly|indistinctly|hardly|barely|weakly|faintly|imprecisely|loosely|"
-        rf"scarcely)[- ]{DRAWN}\b"
-        rf"|\b(?:not|cannot|can't|without|no) (?:\w+ )?(?:well|clearly|sharply|crisply)[- ]{DRAWN}\b"
+        rf"scarcely)[- ]{DRAWN}\b|\b(?:not|cannot|can't|without|no) (?:\w+ )?(?:well|clearly|sharply|crisply)[- ]{DRAWN}\b"
         rf"|\b{BLURRED}(?:,? (?:and )?\w+)?,? {EDGE}\b|\b{EDGE}(?: \w+){{0,3}} {BE} (?:\w+ly |very |quite |"
         rf"rather )?{BLURRED}\b"
         rf"|\b(?:melt|fade|blend|merge|dissolve|bleed|trail|shade|peter|fizzle|diffuse|vanish|run|pass)(?:s|es|ing)? "
         r"(?:\w+ ){0,2}?(?:into|out|away|off|gradually|imperceptibly|seamlessly) (?:\w+ ){0,3}?(?:skin|surround\w+|"
-        rf"neighbou?r\w+|background|environment|tissue)|\b{EDGE} (?:that |which )?(?:\w+ly )?(?:melts?|fades?|"
-        rf"blends?|merges?|"
+        rf"neighbou?r\w+|background|environment|tissue)|\b{EDGE} (?:that |which )?(?:\w+ly )?(?:melts?|fades?|blends?|"
+        rf"merges?|"
         r"dissolves?|trails?|shades?|blurs?|peters?|bleeds?)\b"
         rf"|\b(?:hard|difficult|impossible) to (?:\w+ )?(?:trace|tell|define|discern|delineate|make out|follow|"
         rf"determine)\b"
