@@ -8,9 +8,10 @@ from dermfm.notes.facts import terms
 
 TENS = {"twenty": 20, "thirty": 30, "forty": 40, "fifty": 50, "sixty": 60, "seventy": 70, "eighty": 80, "ninety": 90}
 ONES = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+NUMBER_WORD = rf"({'|'.join(TENS)})(?:[- ]({'|'.join(ONES)}))?\b"
 AGE_IN_WORDS = re.compile(
-    rf"(?:(?<=aged )|(?<=man of )|(?<=girl of )|(?<=boy of )|(?<=lady of )|(?<=male of )|(?<=patient of ))({'|'.join(TENS)})(?:[- ]({'|'.join(ONES)}))?\b|\b({'|'.join(TENS)})(?:[- ]({'|'.join(ONES)}))?"
-    r"(?=[- ]years?\b)"
+    r"(?:(?<=aged )|(?<=man of )|(?<=girl of )|(?<=boy of )|(?<=lady of )|(?<=male of )|(?<=patient of ))"
+    rf"{NUMBER_WORD}|\b{NUMBER_WORD}(?=[- ]years?\b)"
 )
 CHILD_AGES = (
     *ONES,

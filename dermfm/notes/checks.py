@@ -40,7 +40,10 @@ KINDS = (
 )  # fmt: skip
 SITE_REACH = 3  # "not on the back"; in "rather than a nevus of the back" the nevus is denied
 THESE = re.compile(r"\b(?:are|is|was|were|these|as|has|have)(?: \w+){0,3} $")
-DERMOSCOPIC = r"(?<!non-)(?<!non)(?<!without )(?<!without a )(?<!without the )\bderm(?:at)?oscop|\bepiluminescence|\bsurface microscopy"
+DERMOSCOPIC = (
+    r"(?<!non-)(?<!non)(?<!without )(?<!without a )(?<!without the )\bderm(?:at)?oscop|\bepiluminescence|"
+    r"\bsurface microscopy"
+)
 OTHER_IMAGE = {
     "dermoscopic": re.compile(
         r"\b(?:clinical(?:ly)?|macroscopic|non-dermoscopic|naked-eye),? (?:close-up,? |overview,? |"
@@ -61,7 +64,8 @@ OF_A_LESION = re.compile(
 OF_ONE_VALUE = ("age", "sex", "site", "asymmetry", "border", "diagnosis", "malignancy")
 # "clinical" says nothing of a picture before these
 NO_PICTURE = (
-    r"(?!\w* (?:note|significan|issue|diagnos|history|context|correlation|trial|practice|impression|nurse|staff|team|relevance|concern|course|"
+    r"(?!\w* (?:note|significan|issue|diagnos|history|context|correlation|trial|practice|impression|nurse|staff|"
+    r"team|relevance|concern|course|"
     r"setting|management|decision|suspicion|dermatolog|record|stud))"
 )
 HEADING = re.compile(r"\bmalignancy(?: status)?(?::| is| was)(?= (?:benign|pre|malignant))")  # it claims nothing itself

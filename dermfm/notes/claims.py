@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from dermfm.notes.ages import in_figures
 from dermfm.notes.facts import Facts, split_words, terms
 from dermfm.notes.phrases import any_of
+from dermfm.notes.shorthand import written_out
 
 NEGATION_REACH = 6  # words between a negation and what it negates, within one clause
 HEARSAY_REACH = 8  # words between "such as", "history of" and the like and what they keep from being a claim
@@ -53,74 +54,6 @@ DENIED_BEHIND = re.compile(
     r"demonstrated|recogni[sz]ed|consideration|concern|issue|question|possibility|option|entertained|favou?red|"
     r"supported|evident|considered|apparent|the case|suspected|likely))\b"
 )
-# Clinical shorthand and what it stands for, in lower case
-SHORTHAND = (
-    (re.compile(r"\b(\d{1,3}) ?-?(?:y/o|y\.o\.?|yo|yrs?[- ]old)\b"), r"\1-year-old"),
-    (re.compile(r"\b(\d{1,3}) ?(?:yrs?)\b\.?"), r"\1 years"),
-    (re.compile(r"\bpt\b\.?"), "patient"),
-    (re.compile(r"(?:^|(?<=\ba )|(?<=\bpatient ))(\d{1,2})m\b"), r"\1-year-old male"),
-    (re.compile(r"(?:^|(?<=\ba )|(?<=\bpatient ))(\d{1,2})f\b"), r"\1-year-old female"),
-    (re.compile(r"\banything but\b"), "not"),
-    (re.compile(r"\basymmetry: ?(?:yes|present|seen|\+)(?=\W|$)"), "asymmetric"),
-    (re.compile(r"\bdx\b"), "diagnosis"),
-    (re.compile(r"\bfhx?\b"), "family history"),
-    (re.compile(r"\b(?:pmh|h/o|s/p)\b"), "history of"),
-    (re.compile(r"\b(?:tx|rx)\b"), "treatment"),
-    (re.compile(r"\bbx\b"), "biopsy"),
-    (re.compile(r"\bf/u\b"), "follow-up"),
-    (re.compile(r"\brtc\b"), "return to clinic"),
-    (re.compile(r"\bc/o\b"), "complains of"),
-    (re.compile(r"\br/o\b"), "rule out"),
-    (re.compile(r"\bw/ "), "with "),
-    (re.compile(r"\bmalig\."), "malignant"),
-    (re.compile(r"\bue\b"), "upper extremity"),
-    (re.compile(r"\ble\b"), "lower extremity"),
-    (re.compile(r"\bdf\b"), "dermatofibroma"),
-    (re.compile(r"\bx ?(\d+) ?(?:y|yrs?)\b"), r"for \1 years"),
-    (re.compile(r"(?<![\w.-])(\d{2,3}) ?m(?=[,.:;)]|$)"), r"\1-year-old male"),
-    (re.compile(r"(?<![\w.-])(\d{2,3}) ?f(?=[,.:;)]|$)"), r"\1-year-old female"),
-    (re.compile(r"\b(light|dark),? as well as (light|dark) brown\b"), r"\1 brown and \2 brown"),
-    (re.compile(r"\bhx\b"), "history"),
-    (re.compile(r"\bw/o\b"), "without"),
-    (re.compile(r"\bi\.e\.(?=[ ,])"), "that is"),
-    (re.compile(r"\be\.g\.(?=[ ,])"), "such as"),
-    (re.compile(r"\b(squamous|basal)-cell\b"), r"\1 cell"),
-    (re.compile(r"\b(?:m|male)(?:, ?|/)(\d{1,3})\b|\b(\d{1,3}) ?/ ?m\b"), r"\1\2-year-old male"),
-    (re.compile(r"\b(?:f|female)(?:, ?|/)(\d{1,3})\b|\b(\d{1,3}) ?/ ?f\b"), r"\1\2-year-old female"),
-    (
-        re.compile(
-            r"\b(?:the )?backs? of (?:the |his |her |their )?(?=(?:hand|neck|head|knee|foot|ear|leg|thigh|arm|forearm)"
-            r"s?\b)"
-        ),
-        "the ",
-    ),
-    (re.compile(r"\bin[- ]situ\b"), "in situ"),
-    (re.compile(r"\bscc\b"), "squamous cell carcinoma"),
-    (re.compile(r"\bbcc\b"), "basal cell carcinoma"),
-    (re.compile(r"\b(?:a |an )?(?:sk|seb\.? ?k)\b(?!-)"), "seborrheic keratosis"),
-    (re.compile(r"(?<!-)\bak\b(?!-)"), "actinic keratosis"),
-    (re.compile(r"\bssm\b"), "superficial spreading melanoma"),
-    (re.compile(r"\bmis\b"), "melanoma in situ"),
-    (re.compile(r"\b(light|dark)er brown\b"), r"\1 brown"),
-    (
-        re.compile(
-            r"\b(?:two |both |shades of |tones of |hues of )*browns?,? ?\(?(light|dark) (and|or|to) (light|"
-            r"dark)\)?(?! brown)"
-        ),
-        r"\1 brown \2 \3 brown",
-    ),
-    (
-        re.compile(r"\b(light|dark)-? (and|or|to) (light|dark) (?:shades?|tones?|hues?|tints?) of brown\b"),
-        r"\1 brown \2 \3 brown",
-    ),
-    (re.compile(r"\b(light|dark)- (and|or|to) (light|dark)-brown\b"), r"\1 brown \2 \3 brown"),
-    (re.compile(r"\b(\d{1,3}-year-old) m\b"), r"\1 male"),
-    (re.compile(r"\b(\d{1,3}-year-old) f\b"), r"\1 female"),
-    (re.compile(r"\bmid-(?=\w+ties\b|teens\b)"), "mid "),
-    (re.compile(r"\b(light|dark) (and|or|to) (light|dark) brown\b"), r"\1 brown \2 \3 brown"),
-    (re.compile(r"\b(?:sex|gender): ?m\b"), "sex: male"),
-    (re.compile(r"\b(?:sex|gender): ?f\b"), "sex: female"),
-)
 NOT_ONLY = re.compile(r"\bnot (?=only|just|merely|simply|solely)")  # it denies nothing
 MARKUP = re.compile(r"\*+|(?<!\w)#+ |(?<=\s)[•-] ")  # of Markdown; it carries no word
 LAY = ("mole", "moles")  # what a patient calls a lesion, whatever it is: "noticed that a mole had changed"
@@ -133,6 +66,13 @@ FOUND_ON = re.compile(
     r"\b(?:often|commonly|typically|usually|frequently|primarily|mostly|can|may) (?:\w+ )?"
     r"(?:found|occurs?|appears?|seen|develops?|arises?|affects?)\b[^.;]*$"
     r"|\b(?:most|more) (?:commonly|often|frequently) (?:\w+ )?(?:in|on|at)\b[^.;]*$"
+)
+# "melanoma risk" is said of no lesion
+OF_ANOTHER_NOUN = re.compile(
+    r" (?:risk|clinic|research|screening|awareness|prevention|cell line|centre|center|service|patient|specialist)s?\b"
+)
+NOT_EXCLUDED = re.compile(  # a hedge that weighs the disease for this lesion, whatever stands before it
+    r" (?:can ?not|can't|could not|couldn't) be (?:\w+ly )?(?:ruled out|excluded|dismissed)\b"
 )
 WEIGHED = re.compile(
     r"(?:,? (?:and|or|versus) [\w ]{3,40}?)? (?:was|were|has been|have been) (?:also |both )?"
@@ -169,9 +109,7 @@ def normalise(text: str) -> str:
     plain = text.lower().replace("’", "'").replace("‑", "-").replace("–", "-")
     plain = " ".join(MARKUP.sub("", plain).split())
     plain = in_figures(plain)
-    for pattern, words in SHORTHAND:
-        plain = pattern.sub(words, plain)
-    return plain
+    return written_out(plain)
 
 
 def sentences(text: str) -> list[str]:
@@ -189,10 +127,14 @@ def claims(clean: str, names: str) -> tuple[Claim, ...]:
             m[0],
             m.start(),
             is_negated(clean, m.start(), m.end()),
-            is_aside(clean, m.start())
-            or is_general(clean, m.start(), m.end())
-            or is_weighed(clean, m.end())
-            or (m[0] in LAY and bool(found_words(clean, "history_words"))),
+            NOT_EXCLUDED.match(clean, m.end()) is None
+            and (
+                is_aside(clean, m.start())
+                or is_general(clean, m.start(), m.end())
+                or is_weighed(clean, m.end())
+                or OF_ANOTHER_NOUN.match(clean, m.end()) is not None
+                or (m[0] in LAY and bool(found_words(clean, "history_words")))
+            ),
         )
         for m in pattern.finditer(clean)
     )

@@ -60,6 +60,11 @@ OFTEN = r"(?:also |never |always |usually |often |regularly |first |now |still |
 RECENT = r"\b(?:recently|lately|newly) (?:developed|appeared|noticed|formed|grew|undergone)\b"
 PAST = (
     re.compile(RECENT),
+    re.compile(
+        r"\b(?:may|might|must|could) have (?:\w+ly )?(?!been\b|contributed|caused|resulted)\w+ed\b|"
+        r"\bpreviously (?:been )?(?:misdiagnosed|treated|"
+        r"biopsied|removed|excised|known)\b|\bthank you for referring\b"
+    ),
     re.compile(rf"\b(?:has|have|had|having|'s|'ve) {OFTEN}(?:been {OFTEN}{BE_CHANGING}|{CHANGED})\b"),
     re.compile(
         rf"\b{PEOPLE} {OFTEN}(?:works?|worked|smokes?|smoked|drinks|drank|plays?|played|swims?|swam|"
@@ -92,7 +97,8 @@ PLAN = re.compile(
     r"\b(?:recommend\w*|advi[sc]\w*|should|suggest\w*|plan(?:s|ned|ning)?|will|requires?|required|needs?|needed|"
     r"warrant\w*|consider(?:ed)?|schedul\w*|indicated|necessary|must|ought|may|might|could|would|next|pending|"
     r"encouraged|urged|offered|discussed|arranged?|booked|propos\w+|request\w*|awaits?|awaiting|awaited|ordered|"
-    r"please|if|decision|appropriate|can|to be|undergoing|to confirm|to exclude|to rule out|"
+    r"please|if|decision|appropriate|can|to be|undergoing|for an? (?:\w+ )?(?:biopsy|histology|histopathology)|"
+    r"to confirm|to exclude|to rule out|"
     r"following)\b"
 )
 TO_SAY = (  # what should be thought or said of a lesion is no advice
@@ -115,7 +121,7 @@ ADVICE = (
     re.compile(
         r"\b(?:recommend(?:s|ed|ing|ations?)?|advis(?:e|es|ed|ing)|advice|schedul(?:e|es|ed|ing)|arrang(?:e|es|ed|"
         r"ing)|urg(?:e|es|ed|ing)|encourag(?:e|es|ed|ing)|instruct(?:s|ed|ing)|warrants?|"
-        r"counsels?)\b(?! as)|\bplan(?:s|ned|ning)? (?:is|to|for|was|of)\b"
+        r"counsels?)\b(?! as| attention| concern| like)|\bplan(?:s|ned|ning)? (?:is|to|for|was|of)\b"
         rf"|\b(?:she|he|patient|they|we|lesion|it|tumou?r|mole) will (?:be )?(?!be\b|{TO_SAY})\w+\b"
     ),
     re.compile(
@@ -172,7 +178,8 @@ def happened(clean: str, term: str) -> bool:
     """Whether the term is told as what was done or had: "I was referred to you" tells of a referral."""
     return (
         re.search(
-            rf"{RECENT}|\b(?:been|being|was|were|have|undergo\w* an?|(?:patient|man|woman|male|female|he|she) (?:with|has|"
+            rf"{RECENT}|\bthank you for referring\b|\bpreviously been\b|\b(?:been|being|was|were|have|"
+            rf"undergo\w* an?|(?:patient|man|woman|male|female|he|she) (?:with|has|"
             rf"had) an?)(?: \w+ly)? {re.escape(term)}\b",
             clean,
         )
@@ -200,7 +207,7 @@ def _by_words(clean: str, blank: str) -> Iterator[tuple[str, str]]:
     for about in ("size", "symptom", "history", "treatment"):
         for term in said.found_words(blank, f"{about}_words"):
             before = blank[: blank.index(term)]
-            if about == "history" and CAUSED.search(before):
+            if about == "history" and (CAUSED.search(before) or (term in BYSTANDERS and not TOLD_OF_KIN.search(blank))):
                 yield "other", term
             elif about != "treatment" or not KIN.search(before):
                 yield about, term
@@ -210,6 +217,26 @@ CAUSED = re.compile(
     r"\b(?:(?:caused|induced|triggered|brought about) by|(?:associated|linked) with|linked to|related to|"
     r"factors?,? such as) (?:\w+ ){0,3}$"
 )  # a cause, not what happened
+BYSTANDERS = frozenset(
+    [
+        "wife",
+        "husband",
+        "spouse",
+        "partner",
+        "son",
+        "daughter",
+        "mother",
+        "father",
+        "parent",
+        "parents",
+        "carer",
+        "caregiver",
+    ]
+)
+TOLD_OF_KIN = re.compile(  # what makes the mention of a relative a family history or a report
+    r"\b(?:had|has|history|suffer\w*|died|diagnosed|affected|also|whose|similar|noticed|reports?|reported|says|said|"
+    r"states?|stated|told|saw|watch\w*|remember\w*|spotted|found|pointed|treated|melanoma|cancer|with)\b"
+)
 KIN = re.compile(
     r"\b(?:mother|father|sister|brother|uncle|aunt|cousin|parents?|son|daughter|grand\w+|relatives?)\b[^.;]*$"
 )

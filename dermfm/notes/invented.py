@@ -20,17 +20,22 @@ NO_LOOK = re.compile(  # "regular checks", "2 mm thick"
 LOOKS_LIKE = re.compile(
     r"\b\w+-(?:like|shaped|colou?red|toned|edged|textured|tinged|hued|tinted|bordered|patterned|surfaced|topped|"
     r"rimmed)\b"
-    r"|\b(?:resembl\w+|looks? like|looking like|reminiscent of) an? (?!benign|malignant|typical)(?!(?:\w+ ){0,2}(?:lesion|skin|nevus|naevus|mole|\w+oma|keratosis|lentigo)\b)\w+"
+    r"|\b(?:resembl\w+|looks? like|looking like|reminiscent of) an? (?!benign|malignant|typical|"
+    r"harmless)(?!(?:\w+ ){0,2}(?:lesion|skin|nevus|naevus|mole|\w+oma|keratosis|lentigo)\b)\w+"
     r"|\ban? (?!benign|malignant|typical|clinical|dermoscopic|characteristic|classic|normal|common|suspicious|first|"
     r"second|third|close|closer|good|quick|careful|further)[\w-]+ "
     r"(?:look|feel|finish|sheen)\b"
     r"|\b(?:two|three|four|several|different|distinct) (?:\w+ )?(?:zones|layers|patterns)\b"
 )
+ANYWHERE = re.compile(r"\b(?:any|all) (?:part|area|region)s? of the (?:human )?(?:body|skin)\b")
 UNLIKE = re.compile(r"\b(?:unlike|as opposed to|in contrast to)(?: \w+){0,3} $")
 PERSONAL: tuple[tuple[str, re.Pattern[str]], ...] = (
-    ("name", re.compile(r"\b(?:Mr|Mrs|Ms|Miss|Dr|Prof)\b\.?|\bDear\b|\b[Nn]ame(?:d| is|:) [A-Z][a-z]+")),
+    ("name", re.compile(r"\b(?:Mr|Mrs|Ms|Miss|Dr|Prof)\b\.?|\bDear (?!Sir|Madam|Colleague|Doctor|Patient)[A-Z]|"
+     "\b[Nn]ame(?:d| is|:) [A-Z][a-z]+")),
     ("date", re.compile(
-        rf"\b\d{{1,2}}(?:st|nd|rd|th)?\.? (?:of )?(?:{MONTHS}),?(?: \d{{4}})?\b|\b(?:{MONTHS}) (?:\d{{1,2}}(?:st|nd|rd|th)?,? )?\d{{4}}\b"
+        rf"\b\d{{1,2}}(?:st|nd|rd|th)?\.? (?:of )?(?:{MONTHS}|(?:jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|"
+        rf"dec)\b\.?(?= \d{{4}}\b)),?(?: \d{{4}})?\b"
+        rf"|\b(?:{MONTHS}) (?:\d{{1,2}}(?:st|nd|rd|th)?,? )?\d{{4}}\b"
         r"|\b\d{4}-\d{2}-\d{2}\b|\b\d{1,2}[./]\d{1,2}[./]\d{2,4}\b", re.IGNORECASE)),
     ("phone", re.compile(r"(?<![\w.])\+?\d[\d ()/-]{7,}\d\b")),
     ("address", re.compile(r"\S+@\S+\.\w+|https?://|\bwww\.")),
@@ -46,7 +51,10 @@ PERSONAL: tuple[tuple[str, re.Pattern[str]], ...] = (
         r"lab)\b[^.;]{0,12}\b[A-Z]*\d[\dA-Z]*"
         r"[-/]\d{3,}", re.IGNORECASE)),
 )  # fmt: skip
-PORTION = r"(?:portion|part|half|side|edge|border|margin|pole)\b(?! of (?:his|her|their|(?:the )?(?:patient|body)))"
+PORTION = (
+    r"(?:portion|part|half|side|edge|border|margin|pole)\b(?! of the (?:image|picture|photo|"
+    r"frame))(?! of (?:his|her|their|(?:the )?(?:patient|body)))"
+)
 LESION_SIDE = re.compile(rf"\b\w+ {PORTION}")
 # Words with a capital that the vocabulary does not know: two in a row inside a sentence or as its subject; one that
 # is told to be so many years old, or follows "patient"; one behind an initial.
@@ -131,6 +139,7 @@ def _by_fact(clean: str, facts: Facts, sees: bool) -> Iterator[tuple[str, str]]:
         beside = of_all or said.is_beside(clean, match, facts.get("site", "").lower())
         if (fault is not None and beside) or fault == "unsupported" or _is_one_of(match[0], clean, facts):
             yield "site", match[0]
+    yield from (("site", m[0]) for m in ANYWHERE.finditer(clean))
     given = set(WORD.findall(facts.get("site", "").lower()))
     for word in said.found_words(_without_other_places(said.without_idle(clean), facts), "side_words"):
         if word not in given:

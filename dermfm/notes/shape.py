@@ -25,7 +25,7 @@ SYMMETRY = re.compile(
     r"\b(?:(?:perfect|clear|good|complete|overall|marked|bilateral|high|near|full|absolute|great|remarkable|evident|"
     r"obvious|significant|noticeable|pronounced|striking|strong|slight|mild|moderate|definite|notable|visible|some|"
     r"a?symmetric(?:al)?|degree of|lack of|shows?|showing|displays?|displaying|exhibits?|exhibiting|demonstrates?|has|"
-    r"have|having|with|reveals?|there is|is|an?|lacks?|lacking|without|no|any|"
+    r"have|having|with|reveals?|there is|is|an?|lacks?|lacking|without|no|any|demonstrates|by|"
     r"devoid of) )+(?P<word>a?symmetry)\b(?! ?:| (?:is|was|score|index|axis|axes))"
     r"|\b(?P<about>a?symmetry) (?:about|along|in|across|on|around) (?:both|all|every|either|each|one|two|the two|any)\b"
     r"|\b(?P<seen>a?symmetry) (?:is|was) (?:\w+ly )?(?:present|seen|noted|evident|observed|apparent|visible|preserved|"
@@ -39,7 +39,7 @@ HALVES = {
         r"|\bnot (?:a |the )?mirror|\bneither half (?:mirrors|matches)|\bone half (?:\w+ ){0,2}(?:unlike|differ|not)"
     ),
     "symmetric": re.compile(
-        r"\bhalves (?:of (?:the|this|its) \w+ |of it )?"
+        r"\b(?:matching|equal|identical|congruent) halves\b|\bhalves (?:of (?:the|this|its) \w+ |of it )?"
         r"(?:\w+ly )?(?:match|mirror|correspond|agree|are (?:\w+ly )?(?:alike|equal|identical|the same|"
         r"mirror|congruent|matching)|look (?:alike|the same|equal))|\bmirror images? of (?:each|"
         r"one an)other"
@@ -77,7 +77,8 @@ BORDER = {
     ),
     "indistinct": re.compile(
         rf"\b(?:poorly|ill|vaguely|badly|indistinctly|hardly|barely|weakly|faintly|imprecisely|loosely|"
-        rf"scarcely)[- ]{DRAWN}\b|\b(?:not|cannot|can't|without|no) (?:\w+ )?(?:well|clearly|sharply|crisply)[- ]{DRAWN}\b"
+        rf"scarcely)[- ]{DRAWN}\b|\b(?:not|cannot|can't|without|no) (?:\w+ )?(?:well|clearly|sharply|"
+        rf"crisply)[- ]{DRAWN}\b"
         rf"|\b{BLURRED}(?:,? (?:and )?\w+)?,? {EDGE}\b|\b{EDGE}(?: \w+){{0,3}} {BE} (?:\w+ly |very |quite |"
         rf"rather )?{BLURRED}\b"
         rf"|\b(?:melt|fade|blend|merge|dissolve|bleed|trail|shade|peter|fizzle|diffuse|vanish|run|pass)(?:s|es|ing)? "

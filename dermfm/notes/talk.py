@@ -13,7 +13,8 @@ from dermfm.notes.claims import found_words
 # What one refuses to do, without verbs that a finding may have as its subject ("dermoscopy could not confirm").
 DEED = (
     "provide|give|offer|assist|help|write|generate|create|produce|complete|comply|fulfil|fulfill|comment|"
-    "interpret|analy[sz]e|diagnose|answer|respond(?! to (?:\\w+ ){0,2}(?:treatment|therap|drug|medic))|discuss|process|access|open|have access|engage|continue|proceed|"
+    "interpret|analy[sz]e|diagnose|answer|respond(?! to (?:\\w+ ){0,2}(?:treatment|therap|drug|medic))|discuss|"
+    "process|access|open|have access|engage|continue|proceed|"
     "share|disclose|draft|compose|supply|summari[sz]e|describe|examine images|view images|accept|carry out"
 )
 CANNOT = (
@@ -52,7 +53,8 @@ TALK = tuple(
         rf"\b(?:this|the|these|those|all) (?:(?:{KIND_OF_TEXT}) )*(?:{TEXT})\b",
         rf"\b(?:a|an|one) (?:(?:{KIND_OF_TEXT}) )+(?:{TEXT})\b",
         rf"\b(?:no|without (?:an?|any|the)|insufficient|not enough|more|additional|further) (?:\w+ )?(?:{PICTURE})s?"
-        r"(?: \w+){0,6} (?:provided|attached|supplied|uploaded|shared|needed|required|to (?:make|write|give|assess|describe|diagnose|provide|"
+        r"(?: \w+){0,6} (?:provided|attached|supplied|uploaded|shared|needed|required|to (?:make|write|give|assess|"
+        r"describe|diagnose|provide|"
         r"complete|determine|help|say|confirm|go on))\b",
         rf"\b(?:{PICTURE}) (?:was|were|is|has been|have been) (?:not|never) (?:provided|attached|supplied|uploaded|"
         rf"available|shared|visible)\b",

@@ -28,6 +28,8 @@ SETS = (
     "labelled_notes_third.jsonl",
     "labelled_notes_outside_a.jsonl",
     "labelled_notes_outside_b.jsonl",
+    "labelled_notes_outside_c.jsonl",
+    "labelled_notes_outside_d.jsonl",
 )
 OF_THE_NOTE = ("refusal", "unfinished", "repetition", "self-contradiction", "personal")
 RESIDUAL = "unsupported: other"  # counts only where nothing else is wrong with the sentence
@@ -101,6 +103,8 @@ OF_SET = {
     | {"self-contradiction": 0.8},
     "labelled_notes_outside_a.jsonl": {"contradiction": 0.85},
     "labelled_notes_outside_b.jsonl": {"unsupported: appearance": 0.85},
+    "labelled_notes_outside_c.jsonl": {"unsupported: treatment": 0.7, "unsupported: appearance": 0.85},
+    "labelled_notes_outside_d.jsonl": {"unsupported": 0.88, "unsupported: site": 0.8, "unsupported: appearance": 0.7},
 }
 ENOUGH = 5  # labelled faults of a kind from which its precision and recall mean something by themselves
 
