@@ -99,7 +99,7 @@ def find_faults(text: str, facts: Facts, rules: Rules = Rules()) -> list[str]:
 
 
 def examine(text: str, facts: Facts, rules: Rules = Rules()) -> list[Fault]:
-    """Every fault of the note: those of the whole text first, then sentence by sentence."""
+    """Every fault of the note: of the whole text, sentence by sentence, and where it contradicts itself."""
     clean = normalise(text)
     if len(WORD.findall(clean)) < 3:
         return [Fault("empty")]
