@@ -75,6 +75,7 @@ TALK = tuple(
         r"\bnothing (?:else |more )?(?:was|has been|is|were) (?:added|invented|omitted|left out|changed)\b",
         r"\bin (?:one|two|three|four|five|\d) (?:\w+ )?(?:sentences?|words|lines|paragraphs?)\b|\bunnecessary words\b",
         r"\b(?:one|two|three|single)-(?:sentence|paragraph|line)\b|\bin plain (?:language|english|words|prose)\b",
+        r"\bour (?:\w+ )?(?:team|research|facilit\w+|staff|program\w*|mission|work)\b|\b(?:best|kind|warm) wishes\b",
         r"\b(?:thanks|thank you|apolog\w+|sorry|feel free|regards|sincerely|let me|hello|hi|greetings|"
         r"good (?:morning|day)|dear)\b",
         r"\b(?:ai|language model|chatbot|virtual assistant|training data|artificial intelligence)\b",

@@ -30,6 +30,7 @@ SETS = (
     "labelled_notes_outside_b.jsonl",
     "labelled_notes_outside_c.jsonl",
     "labelled_notes_outside_d.jsonl",
+    "labelled_notes_outside_e.jsonl",
 )
 OF_THE_NOTE = ("refusal", "unfinished", "repetition", "self-contradiction", "personal")
 RESIDUAL = "unsupported: other"  # counts only where nothing else is wrong with the sentence
@@ -105,6 +106,8 @@ OF_SET = {
     "labelled_notes_outside_b.jsonl": {"unsupported: appearance": 0.85},
     "labelled_notes_outside_c.jsonl": {"unsupported: treatment": 0.7, "unsupported: appearance": 0.85},
     "labelled_notes_outside_d.jsonl": {"unsupported": 0.88, "unsupported: site": 0.8, "unsupported: appearance": 0.7},
+    "labelled_notes_outside_e.jsonl": {"unsupported: site": 0.75, "unsupported: size": 0.84}
+    | {"unsupported: treatment": 0.85, "unsupported: appearance": 0.8},
 }
 ENOUGH = 5  # labelled faults of a kind from which its precision and recall mean something by themselves
 
