@@ -8,29 +8,61 @@ from dermfm.notes.facts import terms
 
 TENS = {"twenty": 20, "thirty": 30, "forty": 40, "fifty": 50, "sixty": 60, "seventy": 70, "eighty": 80, "ninety": 90}
 ONES = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-AGE_IN_WORDS = re.compile(rf"\b({'|'.join(TENS)})(?:[- ]({'|'.join(ONES)}))?(?=[- ]years?\b)")
-BEHIND_AGE = r"(?=[,.;)]|$| (?:with|who|has|had|presents|presented|and)\b)"  # not "a woman, 3 papules on the arm"
+NUMBER_WORD = rf"({'|'.join(TENS)})(?:[- ]({'|'.join(ONES)}))?\b"
+AGE_IN_WORDS = re.compile(
+    r"(?:(?<=aged )|(?<=man of )|(?<=girl of )|(?<=boy of )|(?<=lady of )|(?<=male of )|(?<=patient of ))"
+    rf"{NUMBER_WORD}|\b{NUMBER_WORD}(?=[- ]years?\b)"
+)
+CHILD_AGES = (
+    *ONES,
+    "ten",
+    "eleven",
+    "twelve",
+    "thirteen",
+    "fourteen",
+    "fifteen",
+    "sixteen",
+    "seventeen",
+    "eighteen",
+    "nineteen",
+)
+CHILD = re.compile(rf"\b({'|'.join(CHILD_AGES)})(?=-years?-old\b| years? of age\b)")
+OLDEST = 120  # years
+BEHIND_AGE = r"(?=[,.;:)]|$| (?:with|who|has|had|presents|presented|and)\b)"  # not "a woman, 3 papules on the arm"
 AGES = (
     re.compile(r"\b(\d{1,3})[- ]years?[- ]?olds?\b"),
     re.compile(r"\b(\d{1,3}) years of age\b"),
+    re.compile(r"\b(?:at )?(?:the |an )?age (?:of )?(?:only |just |about |around )?(\d{1,3})\b"),
     re.compile(r"\b(?:her|his|their|born) (\d{1,3}) years\b"),
     re.compile(r"\baged?:? (?:of |is |was )?(\d{1,3})\b"),
     re.compile(
         rf"\b(?:man|woman|male|female|boy|girl|lady|gentleman)(?:,? of |, | \(|, aged? | )(\d{{1,3}}){BEHIND_AGE}"
     ),
-    re.compile(rf"\b(?:he|she|patient) (?:is|was) (\d{{1,3}}){BEHIND_AGE}"),
+    re.compile(
+        rf"\b(?:he|she|patient|woman who|man who|girl who|boy who|female who|male who) (?:is|"
+        rf"was) (\d{{1,3}}){BEHIND_AGE}"
+    ),
     re.compile(
         r"\b(?:patient|man|woman|male|female|person|individual)(?: of| aged)? (?:about|around|approximately|roughly|"
         r"nearly|almost|some) "
         r"(\d{1,3})\b(?! ?(?:mm|cm|%))"
+    ),
+    re.compile(r"(?:^|[,;(.] ?)(\d{1,3}) ?(?:y|yrs?|years?)(?=[.,;)]|$)"),
+    re.compile(
+        r"\b(?:patient|man|woman|male|female|person|boy|girl|lady|gentleman|individual|adult) of (\d{1,3})\b(?! ?[mc]m)"
     ),
     re.compile(r"[a-z](?:, | \()(\d{1,3})(?=, (?!\d)|\)|\.?$|, and\b)(?! ?(?:mm|cm))"),
 )  # each with the number
 
 
 def ages(clean: str) -> list[str]:
-    """The numbers that are said as somebody's age."""
-    return [number for pattern in AGES for number in pattern.findall(clean)]
+    """The numbers that are said as somebody's age: none beyond a human life."""
+    return [number for pattern in AGES for number in pattern.findall(clean) if int(number) <= OLDEST]
+
+
+def age_words(clean: str, words: list[str]) -> list[str]:
+    """Those of the words for an age that tell today's: not "since her teens" or "as a child"."""
+    return [w for w in words if not re.search(rf"\b(?:since|as an?|until|during)(?: \w+)? {w}\b", clean)]
 
 
 def age_band(word: str) -> range:
@@ -41,4 +73,9 @@ def age_band(word: str) -> range:
 
 def in_figures(clean: str) -> str:
     """The text with an age in words written in figures ("fifty-five years" → "55 years")."""
-    return AGE_IN_WORDS.sub(lambda m: str(TENS[m[1]] + (ONES.index(m[2]) + 1 if m[2] else 0)), clean)
+
+    def figures(match: re.Match[str]) -> str:
+        tens, ones = match[1] or match[3], match[2] or match[4]
+        return str(TENS[tens] + (ONES.index(ones) + 1 if ones else 0))
+
+    return CHILD.sub(lambda m: str(CHILD_AGES.index(m[1]) + 1), AGE_IN_WORDS.sub(figures, clean))

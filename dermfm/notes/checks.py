@@ -26,10 +26,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dermfm.notes import claims as said
-from dermfm.notes.ages import age_band, ages
+from dermfm.notes.ages import age_band, age_words, ages
 from dermfm.notes.claims import WORD, normalise, phrases_of, sentences, states_phrase, without
 from dermfm.notes.facts import APPEARANCE, Facts, split_words, terms
 from dermfm.notes.invented import class_of_facts, personal_details, unsupported
+from dermfm.notes.shape import shape_claims
 from dermfm.notes.talk import talk
 from dermfm.records.vocabulary import CLASS_CODES
 
@@ -38,18 +39,33 @@ KINDS = (
     "missing", "contradiction", "self-contradiction", "unsupported",
 )  # fmt: skip
 SITE_REACH = 3  # "not on the back"; in "rather than a nevus of the back" the nevus is denied
-PARTLY = re.compile(
-    r"\b(?:partly|partially|in part|in parts|in places|in some|on one side|elsewhere|in others|focally)\b"
-)
 THESE = re.compile(r"\b(?:are|is|was|were|these|as|has|have)(?: \w+){0,3} $")
+DERMOSCOPIC = (
+    r"(?<!non-)(?<!non)(?<!without )(?<!without a )(?<!without the )\bderm(?:at)?oscop|\bepiluminescence|"
+    r"\bsurface microscopy"
+)
 OTHER_IMAGE = {
-    "dermoscopic": re.compile(r"\b(?:clinical(?:ly)?|macroscopic) (?:close-up )?(?:image|photo|picture)"),
-    "clinical": re.compile(r"\bderm(?:at)?oscop(?:[iey]|es?\b)\w*"),
+    "dermoscopic": re.compile(
+        r"\b(?:clinical(?:ly)?|macroscopic|non-dermoscopic|naked-eye),? (?:close-up,? |overview,? |"
+        r"non-dermoscopic,? |macro |digital |standard |smartphone |colou?r )?"
+        r"(?:image|photo|picture|photograph|photography|view|shot|close-up)s?\b|\bnon-?derm(?:at)?oscop\w+"
+        r"|\bwithout (?:a |the )?(?:derm(?:at)?oscop\w+)"
+    ),
+    "clinical": re.compile(
+        r"(?<!non-)(?<!non)\bderm(?:at)?oscop(?:[iey]|es?\b)\w*|\bepiluminescence|\bsurface microscopy|\bthrough the "
+        r"dermatoscope"
+    ),
 }
-OPPOSITE = {"symmetric": "asymmetric", "asymmetric": "symmetric"}
+OF_A_LESION = re.compile(
+    r"\b(?:lesion|mole|skin|patient|diagnos\w+|image|tumou?r|growth|nevus|carcinoma|melanoma|keratos[ei]s|he|she|his|"
+    r"her)s?\b"
+)
+# What has one value: a note that both states the given one and contradicts it contradicts itself
+OF_ONE_VALUE = ("age", "sex", "site", "asymmetry", "border", "diagnosis", "malignancy")
 # "clinical" says nothing of a picture before these
 NO_PICTURE = (
-    r"(?!\w* (?:note|significan|issue|diagnos|history|context|correlation|trial|practice|relevance|concern|course|"
+    r"(?!\w* (?:note|significan|issue|diagnos|history|context|correlation|trial|practice|impression|nurse|staff|"
+    r"team|relevance|concern|course|"
     r"setting|management|decision|suspicion|dermatolog|record|stud))"
 )
 HEADING = re.compile(r"\bmalignancy(?: status)?(?::| is| was)(?= (?:benign|pre|malignant))")  # it claims nothing itself
@@ -83,48 +99,72 @@ def find_faults(text: str, facts: Facts, rules: Rules = Rules()) -> list[str]:
 
 
 def examine(text: str, facts: Facts, rules: Rules = Rules()) -> list[Fault]:
-    """Every fault of the note: those of the whole text first, then sentence by sentence."""
+    """Every fault of the note: of the whole text, sentence by sentence, and where it contradicts itself."""
     clean = normalise(text)
     if len(WORD.findall(clean)) < 3:
         return [Fault("empty")]
     faults = list(_form_faults(clean, rules))
     faults += [Fault("missing", name) for name in facts if not states(clean, name, facts)]
-    faults += [Fault("self-contradiction", about) for about in _own_contradictions(clean, facts)]
+    own = set(_own_contradictions(clean, facts))
     people = [personal_details(sentence) for sentence in sentences(text)]
     for place, (sentence, person) in enumerate(zip(sentences(text), people, strict=True)):
         plain = normalise(sentence)
-        is_talk = bool(person or talk(plain))  # its odd words are names or the talk itself
-        found = [("contradiction", about, term) for about, term in _contradicted(plain, facts)]
+        head, _, tail = plain.partition(": ")
+        is_talk = bool(talk(plain)) and (not tail or bool(talk(tail)))  # its odd words are no facts
+        told = tail if tail and talk(head) and not is_talk else plain  # "Here is the note: …"
+        of_it = not is_talk or OF_A_LESION.search(plain) is not None
+        found = [("contradiction", about, term) for about, term in _contradicted(plain, facts) if of_it]
         found = [f for f in found if not (is_talk and f[2].startswith("not "))]  # "I can't diagnose a nevus"
-        found += unsupported(plain, facts, rules.sees, is_talk)
+        found += unsupported(told, facts, rules.sees, is_talk, bool(found))
         found += [("personal", about, term) for about, term in person]
         names = set(re.findall(r"\b[A-Z][a-z]+", sentence)) if any(people) else set()
         named = [f for f in found if f[1] != "other"]
-        rest = [f for f in found if f[1] == "other" and f[2].capitalize() not in names]
+        rest = [f for f in found if f[1] == "other" and f[2].capitalize() not in names and not person]
         faults += [Fault(*fault, place) for fault in named or rest]
-    return faults
+    absent = {fault.about for fault in faults if fault.kind == "missing"}
+    own |= {f.about for f in faults if f.kind == "contradiction" and f.about in OF_ONE_VALUE} - absent
+    return [*faults, *(Fault("self-contradiction", about) for about in sorted(own))]
 
 
 def states(clean: str, name: str, facts: Facts) -> bool:
     """Whether the normalised text states the fact `name`, without a negation."""
     value = facts[name].lower()
     if name == "image":
-        stem = r"derm(?:at)?oscop" if value == "dermoscopic" else rf"{re.escape(value)}{NO_PICTURE}"
-        return re.search(rf"\b{stem}", clean) is not None
+        stem = DERMOSCOPIC if value == "dermoscopic" else rf"\b{re.escape(value)}{NO_PICTURE}"
+        return re.search(stem, clean) is not None
     if name == "age":
         return value in ages(clean) or re.search(rf"\b{value}[- ]year", clean) is not None
     if name == "sex":
-        return any(c.group == value for c in said.claims(clean, "sex_names"))
+        return any(c.group == value and not _denied(clean, c) for c in said.claims(clean, "sex_names"))
     if name == "malignancy":
-        return any(c.group == value and not c.negated for c in _malignancy_claims(clean, facts))
+        return any(c.group == value and not c.negated for c in _malignancy_claims(clean, facts, asides=True))
     if name in ("asymmetry", "border"):
-        return value in {group for group, _ in _shape_claims(clean, facts, name)}
+        return value in {group for group, _ in shape_claims(clean, facts, name)}
     if name in ("colours", "structures"):
         return all(_states_word(clean, word, f"{name[:-1]}_names", facts) for word in split_words(value))
     if name == "site":
         ways = [value, *terms()["site_aliases"].get(value, ())]
+        clean = re.sub(r"\bof (?:his|her|their) ", "of the ", clean)  # "the front of her torso"
         return any(states_phrase(clean, way, SITE_REACH) for way in ways)
-    return any(states_phrase(clean, way) for way in [value, *terms()["same_diagnosis"].get(value, ())])
+    plain = re.sub(r" \([^()]*\)", "", clean)  # "dysplastic (atypical) nevus"
+    ways = [value, *_same(value), *_of_type(value)]
+    return any(states_phrase(text, way) for way in ways for text in {clean, plain})
+
+
+def _of_type(diagnosis: str) -> list[str]:
+    """ "nevus of compound type", "carcinoma of the basal cell type"."""
+    first, _, head = diagnosis.rpartition(" ")
+    return [f"{head} of {article}{first} type" for article in ("", "the ", "a ")] if first.isascii() and first else []
+
+
+def _same(diagnosis: str) -> list[str]:
+    """Other ways to say the diagnosis (in lower case)."""
+    return next((ways for name, ways in terms()["same_diagnosis"].items() if name.lower() == diagnosis), [])
+
+
+def _denied(clean: str, claim: said.Claim) -> bool:
+    """Whether the patient's sex is denied: "not a woman"."""
+    return re.search(r"\b(?:not|neither|never)(?: an?)? $", clean[: claim.start]) is not None
 
 
 def _states_word(clean: str, word: str, names: str, facts: Facts) -> bool:
@@ -150,20 +190,25 @@ def _contradicted(clean: str, facts: Facts) -> Iterator[tuple[str, str]]:
     if "diagnosis" in facts:
         yield from (("diagnosis", term) for term in _against_diagnosis(clean, facts["diagnosis"].lower()))
     for claim in _malignancy_of_it(clean, facts) if "malignancy" in facts else ():
-        if (claim.group == facts["malignancy"]) == claim.negated:
+        if (claim.group == facts["malignancy"]) == claim.negated and not _goes_with(claim, facts["malignancy"]):
             yield "malignancy", f"{'not ' * claim.negated}{claim.term}"
     for claim in said.claims(clean, "sex_names") if "sex" in facts else ():
-        if claim.group != facts["sex"]:
+        if (claim.group == facts["sex"]) == _denied(clean, claim):
             yield "sex", claim.term
     for number in ages(clean) if "age" in facts else ():
         if number != facts["age"]:
             yield "age", number
-    for word in said.found_words(said.without_words(clean, "idle_phrases"), "age_words") if "age" in facts else ():
+    for word in _age_words(clean) if "age" in facts else ():
         if int(facts["age"]) not in age_band(word):
             yield "age", word
     if "site" in facts:
         for match in said.places_pattern().finditer(said.without_idle(clean)):
-            if said.site_fault(match[0], facts["site"].lower()) == "contradiction" and not _is_idle(clean, match):
+            fault = said.site_fault(match[0], facts["site"].lower())
+            if (
+                fault == "contradiction"
+                and not _is_idle(clean, match)
+                and not said.is_beside(clean, match, facts["site"].lower())
+            ):
                 yield "site", match[0]
     if "image" in facts:
         found = OTHER_IMAGE[facts["image"]].search(clean)
@@ -171,7 +216,7 @@ def _contradicted(clean: str, facts: Facts) -> Iterator[tuple[str, str]]:
             yield "image", found[0]
     for name in ("asymmetry", "border"):
         if name in facts:
-            for group, term in _shape_claims(clean, facts, name):
+            for group, term in shape_claims(clean, facts, name):
                 if group == f"not {facts[name]}" or (group != facts[name] and not group.startswith("not ")):
                     yield name, term
     for word in split_words(facts.get("structures", "")):
@@ -181,10 +226,23 @@ def _contradicted(clean: str, facts: Facts) -> Iterator[tuple[str, str]]:
     yield from _against_findings(clean, facts)
 
 
+def _goes_with(claim: said.Claim, given: str) -> bool:
+    """Whether "non-cancerous" is said of a pre-cancerous lesion: it is not cancerous yet."""
+    return given == "pre-cancerous" and re.match(r"non-?(?:cancerous|malignant)", claim.term) is not None
+
+
+def _counts(claim: said.Claim) -> bool:
+    return not claim.negated and not _goes_with(claim, "pre-cancerous")
+
+
+def _age_words(clean: str) -> list[str]:
+    return age_words(clean, said.found_words(said.without_words(clean, "idle_phrases"), "age_words"))
+
+
 def _places(sentence: str) -> set[str]:
     """The places on the body at which the sentence puts the lesion."""
     found = said.places_pattern().finditer(said.without_idle(sentence))
-    return {m[0] for m in found if not _is_idle(sentence, m)}
+    return {m[0] for m in found if not _is_idle(sentence, m) and not said.BESIDE.search(sentence[: m.start()])}
 
 
 def _is_idle(clean: str, match: re.Match[str]) -> bool:
@@ -204,8 +262,9 @@ def _against_diagnosis(clean: str, given: str) -> Iterator[str]:
         yield found[0]
     if (denied := denied_head(clean, given)) is not None:
         yield f"not {denied}"
-    blank = without(clean, [*phrases_of("class_names"), given])
-    for match in re.finditer(rf"(?<![\w-])(?:{'|'.join(terms()['other_diagnoses'])})\b", blank):
+    is_named = said.other_diseases().search(clean) is not None
+    blank = without(clean, [*phrases_of("class_names"), given, *_same(given)]) if is_named else ""
+    for match in said.other_diseases().finditer(blank):
         if (
             not (said.is_negated(clean, match.start(), match.end()) or said.is_aside(clean, match.start()))
             and match[0] not in given
@@ -238,8 +297,11 @@ def class_of(diagnosis: str) -> str | None:
     return class_of_facts({"diagnosis": diagnosis})
 
 
-def _malignancy_claims(clean: str, facts: Facts) -> list[said.Claim]:
-    """Claims about this lesion's malignancy outside diagnosis and findings, whose own words claim nothing."""
+def _malignancy_claims(clean: str, facts: Facts, asides: bool = False) -> list[said.Claim]:
+    """Claims about this lesion's malignancy outside diagnosis and findings, whose own words claim nothing.
+
+    `asides`: also what the class is said to be in general ("melanoma is a cancer").
+    """
     idle = ("basal cell cancer", "squamous cell cancer")
     blank = said.without_words(without(clean, [*said.names_of(facts), *idle]), "idle_phrases")
     blank = HEADING.sub(lambda m: "_" * len(m[0]), blank)
@@ -247,8 +309,18 @@ def _malignancy_claims(clean: str, facts: Facts) -> list[said.Claim]:
         blank = re.sub(
             r"\b(?:benign|malignant|indeterminate) (?:\w+ ){0,3}proliferations?", lambda m: "_" * len(m[0]), blank
         )
-    claims = [claim for claim in said.claims(blank, "malignancy_names") if not claim.aside]
+    claims = [c for c in said.claims(blank, "malignancy_names") if not c.aside or (asides and _is_a(blank, c.start))]
     return [c for c in claims if c.term != "cancers" or THESE.search(blank[: c.start])]  # else of cancers in general
+
+
+def _is_a(clean: str, start: int) -> bool:
+    """Whether the term is what something is said to be: "is the most common …", "as a form of …"."""
+    return (
+        re.search(
+            r"\b(?:is|are|as|being|a type of|a form of) (?:(?!not|mistaken|confused|like)[\w-]+ ){0,6}$", clean[:start]
+        )
+        is not None
+    )
 
 
 def _malignancy_of_it(sentence: str, facts: Facts) -> list[said.Claim]:
@@ -259,34 +331,13 @@ def _malignancy_of_it(sentence: str, facts: Facts) -> list[said.Claim]:
     return _malignancy_claims(sentence, facts)
 
 
-def _shape_claims(clean: str, facts: Facts, name: str) -> list[tuple[str, str]]:
-    """(word of the options, term) of what is claimed about `name` (asymmetry, border); a negation turns symmetry, and
-    makes "not sharp" of a sharp border."""
-    return [
-        claim for sentence in sentences(clean) for claim in _shapes_of(without(sentence, said.names_of(facts)), name)
-    ]
-
-
-def _shapes_of(sentence: str, name: str) -> list[tuple[str, str]]:
-    told = said.claims(sentence, f"{name}_names")
-    if name == "border" and len({c.group for c in told}) > 1 and PARTLY.search(sentence):
-        return [("mixed", "partly")]
-    found: list[tuple[str, str]] = []
-    for claim in told:
-        if name == "asymmetry" and claim.negated:
-            found.append((OPPOSITE[claim.group], f"not {claim.term}"))
-        elif claim.negated:
-            found.append((f"not {claim.group}", f"not {claim.term}"))
-        else:
-            found.append((claim.group, claim.term))
-    return found
-
-
 def _own_contradictions(clean: str, facts: Facts) -> Iterator[str]:
     """What the note says two things about that cannot both be true, whatever the facts are."""
     parts = [without(sentence, said.names_of(facts)) for sentence in sentences(clean)]
     held = {c.group for part in parts for c in _malignancy_of_it(part, facts) if not c.negated}
     denied = {c.group for part in parts for c in _malignancy_of_it(part, facts) if c.negated}
+    if "pre-cancerous" in held:  # "non-cancerous" goes with it
+        held = {c.group for part in parts for c in _malignancy_of_it(part, facts) if _counts(c)}
     if len(held) > 1 or held & denied:
         yield "malignancy"
     named = [c for s in sentences(clean) for c in said.claims(s, "class_names") if not c.aside]
@@ -302,13 +353,13 @@ def _own_contradictions(clean: str, facts: Facts) -> Iterator[str]:
     if len({c.group for part in parts for c in said.claims(part, "sex_names")}) > 1:
         yield "sex"
     told_ages = set(ages(clean))
-    bands = [age_band(word) for word in said.found_words(said.without_words(clean, "idle_phrases"), "age_words")]
+    bands = [age_band(word) for word in _age_words(clean)]
     if len(told_ages) > 1 or any(int(age) not in band for age in told_ages for band in bands):
         yield "age"
     if said.exclude_each_other({p for s in sentences(clean) for p in _places(s)}):
         yield "site"
     for name in ("asymmetry", "border"):
-        told = {group for part in parts for group, _ in _shape_claims(part, facts, name)}
+        told = {group for part in parts for group, _ in shape_claims(part, facts, name)}
         plain = {group for group in told if not group.startswith("not ")}
         if len(plain) > 1 or any(f"not {group}" in told for group in plain):
             yield name

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from dermfm.notes.ages import in_figures
 from dermfm.notes.facts import Facts, split_words, terms
+from dermfm.notes.phrases import any_of
+from dermfm.notes.shorthand import written_out
 
 NEGATION_REACH = 6  # words between a negation and what it negates, within one clause
 HEARSAY_REACH = 8  # words between "such as", "history of" and the like and what they keep from being a claim
@@ -27,6 +29,13 @@ TITLES = (
     "[Nn]o",
     "[Nn]r",
     "St",
+    "[Tt]el",
+    "[Ff]ax",
+    "approx",
+    "ca",
+    "vs",
+    "cf",
+    "resp",
 )  # a full stop behind them ends nothing
 NO_TITLE = "".join(rf"(?<!\b{title}\.)" for title in TITLES)
 SENTENCE_END = re.compile(rf"(?<=[.!?]){NO_TITLE}\s+|\n+")
@@ -35,37 +44,35 @@ ITEM = r"[\w-]+(?: [\w-]+){0,2}"
 DENIED_LIST = re.compile(rf"\b(?:no|without|neither|free of|lacks|lacking) {ITEM}(?:, {ITEM})*,? (?:or|nor) ")
 # "melanoma is unlikely": the negation follows what it negates
 DENIED_BEHIND = re.compile(
+    r"(?:(?:,| and| or|,? nor) [\w-]+(?: [\w-]+)?){0,6}: ?(?:none|absent|not |nil|no\b|negative)|"
     r"(?: or [\w-]+| \w+oma| (?:process|lesion|tumou?r|growth|change|disease|neoplasm|nature|cause|behaviou?r|"
-    r"features?))?"
-    r" (?:is|was|are|were|has been|have been|can be|could be) (?:(?!not\b|never\b)\w+ )?"
-    r"(?:absent|spared|unaffected|uninvolved|excluded|unlikely|ruled out|not (?:present|seen|found|visible|detected|"
-    r"suspected|likely))\b"
+    r"features?))?(?:(?:,| and| or|,? nor) (?!but\b|which\b|though\b|it\b)[\w -]{3,30}?){0,2}"
+    r"(?: (?:is|was|are|were|has been|have been|can be|could be)| (?=not)| can(?= ?not)| could(?= not)) "
+    r"(?:(?!not\b|never\b|excluded\b)\w+ )?"
+    r"(?:absent|missing|lacking|spared|unaffected|uninvolved|excluded|unlikely|ruled out|dismissed|rejected|improbable|"
+    r"not (?:be )?(?:an? |the |in |on )?(?:\w+ )?(?:present|seen|found|visible|detected|made out|identified|discerned|"
+    r"demonstrated|recogni[sz]ed|consideration|concern|issue|question|possibility|option|entertained|favou?red|"
+    r"supported|evident|considered|apparent|the case|suspected|likely))\b"
 )
-# Clinical shorthand and what it stands for, in lower case
-SHORTHAND = (
-    (re.compile(r"\b(\d{1,3}) ?-?(?:y/o|y\.o\.?|yo|yrs?[- ]old)\b"), r"\1-year-old"),
-    (re.compile(r"\b(\d{1,3}) ?(?:yrs?)\b\.?"), r"\1 years"),
-    (re.compile(r"\bpt\b\.?"), "patient"),
-    (re.compile(r"(?:^|(?<=\ba )|(?<=\bpatient ))(\d{1,2})m\b"), r"\1-year-old male"),
-    (re.compile(r"(?:^|(?<=\ba )|(?<=\bpatient ))(\d{1,2})f\b"), r"\1-year-old female"),
-    (re.compile(r"\bdx\b"), "diagnosis"),
-    (re.compile(r"\bhx\b"), "history"),
-    (re.compile(r"\bw/o\b"), "without"),
-    (re.compile(r"\bi\.e\.(?=[ ,])"), "that is"),
-    (re.compile(r"\be\.g\.(?=[ ,])"), "such as"),
-    (re.compile(r"\b(squamous|basal)-cell\b"), r"\1 cell"),
-    (re.compile(r"\b(\d{1,3}-year-old) m\b"), r"\1 male"),
-    (re.compile(r"\b(\d{1,3}-year-old) f\b"), r"\1 female"),
-    (re.compile(r"\bmid-(?=\w+ties\b|teens\b)"), "mid "),
-    (re.compile(r"\b(light|dark) (and|or|to) (light|dark) brown\b"), r"\1 brown \2 \3 brown"),
-    (re.compile(r"\b(?:sex|gender): ?m\b"), "sex: male"),
-    (re.compile(r"\b(?:sex|gender): ?f\b"), "sex: female"),
-)
+NOT_ONLY = re.compile(r"\bnot (?=only|just|merely|simply|solely)")  # it denies nothing
 MARKUP = re.compile(r"\*+|(?<!\w)#+ |(?<=\s)[•-] ")  # of Markdown; it carries no word
 LAY = ("mole", "moles")  # what a patient calls a lesion, whatever it is: "noticed that a mole had changed"
+BESIDE = re.compile(
+    r"\b(?:in front of|near|next to|behind|below|beneath|above|beside|close to|adjacent to|beyond|towards?|over|"
+    r"overlying|bordering) (?:the |his |her |their )?(?:left |right |upper |lower )*$"
+)
+NEAR = re.compile(r"\b(?:near|next to|beside|close to|adjacent to) (?:the |his |her |their )?(?:\w+ )?$")  # never at it
 FOUND_ON = re.compile(
     r"\b(?:often|commonly|typically|usually|frequently|primarily|mostly|can|may) (?:\w+ )?"
     r"(?:found|occurs?|appears?|seen|develops?|arises?|affects?)\b[^.;]*$"
+    r"|\b(?:most|more) (?:commonly|often|frequently) (?:\w+ )?(?:in|on|at)\b[^.;]*$"
+)
+# "melanoma risk" is said of no lesion
+OF_ANOTHER_NOUN = re.compile(
+    r" (?:risk|clinic|research|screening|awareness|prevention|cell line|centre|center|service|patient|specialist)s?\b"
+)
+NOT_EXCLUDED = re.compile(  # a hedge that weighs the disease for this lesion, whatever stands before it
+    r" (?:can ?not|can't|could not|couldn't) be (?:\w+ly )?(?:ruled out|excluded|dismissed)\b"
 )
 WEIGHED = re.compile(
     r"(?:,? (?:and|or|versus) [\w ]{3,40}?)? (?:was|were|has been|have been) (?:also |both )?"
@@ -102,9 +109,7 @@ def normalise(text: str) -> str:
     plain = text.lower().replace("’", "'").replace("‑", "-").replace("–", "-")
     plain = " ".join(MARKUP.sub("", plain).split())
     plain = in_figures(plain)
-    for pattern, words in SHORTHAND:
-        plain = pattern.sub(words, plain)
-    return plain
+    return written_out(plain)
 
 
 def sentences(text: str) -> list[str]:
@@ -112,22 +117,27 @@ def sentences(text: str) -> list[str]:
     return [s.strip() for s in SENTENCE_END.split(text.strip()) if s.strip()]
 
 
-def claims(clean: str, names: str) -> list[Claim]:
+@functools.lru_cache(maxsize=1024)
+def claims(clean: str, names: str) -> tuple[Claim, ...]:
     """All terms of the group list `names` of `terms.yaml` in a normalised sentence, in reading order."""
     pattern, group_of = _pattern(names)
-    return [
+    return tuple(
         Claim(
             group_of[m[0]],
             m[0],
             m.start(),
             is_negated(clean, m.start(), m.end()),
-            is_aside(clean, m.start())
-            or is_general(clean, m.start(), m.end())
-            or is_weighed(clean, m.end())
-            or (m[0] in LAY and bool(found_words(clean, "history_words"))),
+            NOT_EXCLUDED.match(clean, m.end()) is None
+            and (
+                is_aside(clean, m.start())
+                or is_general(clean, m.start(), m.end())
+                or is_weighed(clean, m.end())
+                or OF_ANOTHER_NOUN.match(clean, m.end()) is not None
+                or (m[0] in LAY and bool(found_words(clean, "history_words")))
+            ),
         )
         for m in pattern.finditer(clean)
-    ]
+    )
 
 
 def found_words(clean: str, name: str) -> list[str]:
@@ -137,15 +147,24 @@ def found_words(clean: str, name: str) -> list[str]:
 
 def is_negated(clean: str, start: int, end: int, reach: int = NEGATION_REACH) -> bool:
     """Whether an odd number of negations stands shortly before `start`, in the same clause or list, or behind `end`."""
-    before = _list_pattern("negations").findall(_reach(clean, start, reach))
+    before = _list_pattern("negations").findall(NOT_ONLY.sub("", _reach(clean, start, reach)))
     number = len(before) - ("neither" in before and "nor" in before) + bool(DENIED_BEHIND.match(clean, end))
     return number % 2 == 1
 
 
 def is_aside(clean: str, start: int) -> bool:
     """Whether words like "such as" or "history of" shortly before `start` keep the term from being a claim."""
-    before = " ".join(re.split(r"[.!?;]\s", clean[:start])[-1].split()[-HEARSAY_REACH:])
+    before = re.sub(r"\bin other words\b", "", re.split(r"[.!?;]\s", clean[:start])[-1])
+    before = " ".join(before.split()[-HEARSAY_REACH:])
     return _list_pattern("asides").search(before) is not None
+
+
+def is_beside(clean: str, place: re.Match[str], site: str) -> bool:
+    """Whether a place is only one that the lesion lies by: "in front of the ear" of a face, near any other."""
+    own = [p for p in split_places(site) if _is_place(p)]
+    if own and NEAR.search(clean[: place.start()]):
+        return True
+    return bool(own) and BESIDE.search(clean[: place.start()]) is not None and not exclude_each_other([place[0], *own])
 
 
 def is_weighed(clean: str, end: int) -> bool:
@@ -179,8 +198,13 @@ def _without_list_commas(clean: str) -> str:
 
 def without(clean: str, phrases: Iterable[str]) -> str:
     """The text with the phrases (and their plurals) blanked out, same length."""
+    return _blanked(clean, tuple(phrases))
+
+
+@functools.lru_cache(maxsize=1024)
+def _blanked(clean: str, phrases: tuple[str, ...]) -> str:
     for phrase in phrases:
-        clean = re.sub(rf"(?<![\w-]){phrase_pattern(phrase)}(?![\w-])", lambda m: "_" * len(m[0]), clean)
+        clean = _phrase(phrase).sub(lambda m: "_" * len(m[0]), clean)
     return clean
 
 
@@ -191,7 +215,9 @@ def without_words(clean: str, name: str) -> str:
 
 def without_idle(clean: str) -> str:
     """The text without phrases in which the name of a place names no place of this lesion ("naked eye")."""
-    return without_words(without_words(clean, "idle_phrases"), "history_words")
+    for name in ("idle_phrases", "history_words", "treatment_words"):
+        clean = without_words(clean, name)
+    return clean
 
 
 def is_of_all(clean: str, start: int) -> bool:
@@ -203,15 +229,19 @@ def is_of_all(clean: str, start: int) -> bool:
 def phrase_pattern(phrase: str) -> str:
     """A pattern of the phrase in lower case that lets its last word stand in the plural, and bends punctuation."""
     escaped = r"[\s,/]+(?:and\s|or\s)?".join(re.escape(w) for w in re.split(r"[\s,/]+(?:and\s|or\s)?", phrase.lower()))
-    escaped = escaped.replace("nevus", "n(?:a?evus|a?evi)").replace("keratosis", "keratos[ei]s")
+    escaped = escaped.replace("nevus", "(?:n(?:a?evus|a?evi)|moles?)").replace("keratosis", "keratos[ei]s")
     escaped = escaped.replace("seborrheic", "seborrh?o?eic").replace("hemangioma", "ha?emangioma")
     return rf"{escaped}(?:s|es)?"
 
 
 def states_phrase(clean: str, phrase: str, reach: int = NEGATION_REACH) -> bool:
     """Whether the phrase stands in the text without a negation within `reach` words before it."""
-    pattern = rf"(?<![\w-]){phrase_pattern(phrase)}(?![\w-])"
-    return any(not is_negated(clean, m.start(), m.end(), reach) for m in re.finditer(pattern, clean))
+    return any(not is_negated(clean, m.start(), m.end(), reach) for m in _phrase(phrase).finditer(clean))
+
+
+@functools.lru_cache(maxsize=8192)
+def _phrase(phrase: str) -> re.Pattern[str]:
+    return re.compile(rf"(?<![\w-]){phrase_pattern(phrase)}(?![\w-])")
 
 
 @functools.cache
@@ -249,8 +279,13 @@ def exclude_each_other(places: Iterable[str]) -> bool:
 
 def split_places(site: str) -> list[str]:
     """The places that a site names: "head, neck or face" → head, neck, face."""
-    plain = site.replace(" or ", ", ").replace("front of the ", "").replace("side of the ", "")
-    return [place.removesuffix(" area") for place in split_words(plain)]
+    plain = site.replace(" or ", ", ").replace("/", ", ").replace("front of the ", "").replace("side of the ", "")
+    places = [place.removesuffix(" area") for place in split_words(plain)]
+    return [place if _is_place(place) else place.split()[-1] for place in places]
+
+
+def _is_place(name: str) -> bool:
+    return name in parents() or name in parents().values()
 
 
 @functools.cache
@@ -270,8 +305,13 @@ def _line(place: str) -> list[str]:
 @functools.cache
 def places_pattern() -> re.Pattern[str]:
     """Any place of the body by name, longest first."""
-    names = sorted({*parents(), *parents().values()}, key=len, reverse=True)
-    return re.compile(rf"(?<![\w-])(?:{'|'.join(map(re.escape, names))})(?![\w-])")
+    return re.compile(rf"(?<![\w-]){any_of({*parents(), *parents().values()})}(?![\w-])")
+
+
+@functools.cache
+def other_diseases() -> re.Pattern[str]:
+    """Any disease by name that belongs to none of the classes."""
+    return _list_pattern("other_diagnoses")
 
 
 def names_of(facts: Facts) -> list[str]:
@@ -284,11 +324,9 @@ def names_of(facts: Facts) -> list[str]:
 def _pattern(names: str) -> tuple[re.Pattern[str], dict[str, str]]:
     """(one pattern for all terms of a group list, longest first; term → group)."""
     group_of = {str(term): group for group, found in terms()[names].items() for term in found}
-    longest = sorted(group_of, key=len, reverse=True)
-    return re.compile(rf"(?<![\w-])(?:{'|'.join(map(re.escape, longest))})(?![\w-])"), group_of
+    return re.compile(rf"(?<![\w-]){any_of(group_of)}(?![\w-])"), group_of
 
 
 @functools.cache
 def _list_pattern(name: str) -> re.Pattern[str]:
-    longest = sorted(phrases_of(name), key=len, reverse=True)
-    return re.compile(rf"(?<![\w-])(?:{'|'.join(map(re.escape, longest))})(?![\w-])")
+    return re.compile(rf"(?<![\w-]){any_of(phrases_of(name))}(?![\w-])")

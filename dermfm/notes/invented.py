@@ -7,46 +7,35 @@ import re
 from collections.abc import Iterator, Mapping
 
 from dermfm.notes import claims as said
-from dermfm.notes.ages import ages
-from dermfm.notes.claims import WORD, without, word_set
-from dermfm.notes.facts import Facts, split_words, terms
+from dermfm.notes.ages import age_words, ages
+from dermfm.notes.claims import WORD, phrases_of, without, word_set
+from dermfm.notes.events import MONTHS, events, happened, past_events
+from dermfm.notes.facts import APPEARANCE, Facts, split_words, terms
 
-MONTHS = "january|february|march|april|may|june|july|august|september|october|november|december"
-NUMBER = r"\d+(?:[.,]\d+)?"
-LENGTH = re.compile(
-    rf"\b{NUMBER}(?:\s?(?:x|by|×|-|to)\s?{NUMBER})*\s?-?(?:mm|cm|nm|µm|um|millimet(?:er|re)s?|centimet(?:er|re)s?|"
-    rf"inch(?:es)?)\b"
+LIST_MARK = re.compile(r"^\W*(?:\d{1,2}|[a-e])[.)]\s*|^\W*\d{1,2}\W*$|\s\d{1,2}\.$")  # "1. Site: back"
+NO_LOOK = re.compile(  # "regular checks", "2 mm thick"
+    r"\b(?:regular|fine) (?=(?:self|check|follow|monitor|skin|review|use|interval|visit|exam|control|dermat|screen)\w*)"
+    r"|\b(?:mm|cm|millimet\w+|centimet\w+) (?:thick|raised|elevated)\b"
 )
-DURATION = re.compile(
-    r"\b(?:\d+|several|many|few|two|three|four|five|six|ten|forty) (?:years?|months?|weeks?|days?)\b(?! old| of age)"
-    r"|\b(?:two|three|four|five|six|ten|several|a few) (?:years?|months?|weeks?) old\b"
-    r"|\bfor (?:days|weeks|months|years|decades)\b|\b(?:past|following|preceding|recent|previous) "
-    r"(?:days|weeks|months|years)\b"
-    rf"|\bsince (?:{MONTHS}|\d{{4}})\b"
+LOOKS_LIKE = re.compile(
+    r"\b\w+-(?:like|shaped|colou?red|toned|edged|textured|tinged|hued|tinted|bordered|patterned|surfaced|topped|"
+    r"rimmed)\b"
+    r"|\b(?:resembl\w+|looks? like|looking like|reminiscent of) an? (?!benign|malignant|typical|"
+    r"harmless)(?!(?:\w+ ){0,2}(?:lesion|skin|nevus|naevus|mole|\w+oma|keratosis|lentigo)\b)\w+"
+    r"|\ban? (?!benign|malignant|typical|clinical|dermoscopic|characteristic|classic|normal|common|suspicious|first|"
+    r"second|third|close|closer|good|quick|careful|further)[\w-]+ "
+    r"(?:look|feel|finish|sheen)\b"
+    r"|\b(?:two|three|four|several|different|distinct) (?:\w+ )?(?:zones|layers|patterns)\b"
 )
-LIST_MARK = re.compile(r"^\W*(?:\d{1,2}|[a-e])[.)]\s*|^\W*\d{1,2}\W*$")  # "1. Site: back"
-# What is planned or advised, against what was done
-PLAN = re.compile(
-    r"\b(?:recommend\w*|advi[sc]\w*|should|suggest\w*|plan(?:s|ned|ning)?|will|requires?|required|needs?|needed|"
-    r"warrant\w*|"
-    r"consider(?:ed)?|schedul\w*|indicated|necessary|must|ought|may|might|could|would|next|pending|encouraged|urged|"
-    r"offered|discussed)\b"
-)
+ANYWHERE = re.compile(r"\b(?:any|all) (?:part|area|region)s? of the (?:human )?(?:body|skin)\b")
 UNLIKE = re.compile(r"\b(?:unlike|as opposed to|in contrast to)(?: \w+){0,3} $")
-AHEAD = re.compile(r"\b(?:in|within|every|after|for|next|another|again in) $")  # "come back in six weeks"
-EXTENT = re.compile(
-    r"\b(?:occup\w+|cover\w*|spans?|spanning|involv\w+|tak\w+ up) (?:almost |nearly |about )?(?:the |an? )?(?:whole|"
-    r"entire|most|half|third|"
-    r"quarter|full|two thirds)(?: width| length| of)\b"
-)
-GROWTH_IN_SIZE = re.compile(r"\b(chang\w+|grow\w*|grew|increas\w+|enlarg\w+|decreas\w+|stable) in size\b")
-KIN = re.compile(
-    r"\b(?:mother|father|sister|brother|uncle|aunt|cousin|parents?|son|daughter|grand\w+|relatives?)\b[^.;]*$"
-)
 PERSONAL: tuple[tuple[str, re.Pattern[str]], ...] = (
-    ("name", re.compile(r"\b(?:Mr|Mrs|Ms|Miss|Dr|Prof)\b\.?|\bDear\b|\b[Nn]ame(?:d| is|:) [A-Z][a-z]+")),
+    ("name", re.compile(r"\b(?:Mr|Mrs|Ms|Miss|Dr|Prof)\b\.?|\bDear (?!Sir|Madam|Colleague|Doctor|Patient)[A-Z]|"
+     "\b[Nn]ame(?:d| is|:) [A-Z][a-z]+")),
     ("date", re.compile(
-        rf"\b\d{{1,2}}(?:st|nd|rd|th)?\.? (?:of )?(?:{MONTHS}),?(?: \d{{4}})?\b|\b(?:{MONTHS}) \d{{1,4}}\b"
+        rf"\b\d{{1,2}}(?:st|nd|rd|th)?\.? (?:of )?(?:{MONTHS}|(?:jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|"
+        rf"dec)\b\.?(?= \d{{4}}\b)),?(?: \d{{4}})?\b"
+        rf"|\b(?:{MONTHS}) (?:\d{{1,2}}(?:st|nd|rd|th)?,? )?\d{{4}}\b"
         r"|\b\d{4}-\d{2}-\d{2}\b|\b\d{1,2}[./]\d{1,2}[./]\d{2,4}\b", re.IGNORECASE)),
     ("phone", re.compile(r"(?<![\w.])\+?\d[\d ()/-]{7,}\d\b")),
     ("address", re.compile(r"\S+@\S+\.\w+|https?://|\bwww\.")),
@@ -57,19 +46,33 @@ PERSONAL: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("id", re.compile(r"\b\d{6,}\b|\b\d{3}-\d{2}-\d{3,4}\b")),
     ("id", re.compile(r"\b(?:MRN|SSN|[Pp]atient (?:ID|id|number)|[Cc]ase number|ID)[:#\s]*\w*\d\w*")),
     ("id", re.compile(r"\b[A-Z]{2,5}[_-]\d{3,}")),
+    ("id", re.compile(
+        r"\b(?:accession|specimen|slide|block|request|reference|ref|sample|study|image|"
+        r"lab)\b[^.;]{0,12}\b[A-Z]*\d[\dA-Z]*"
+        r"[-/]\d{3,}", re.IGNORECASE)),
 )  # fmt: skip
-PORTION = r"(?:portion|part|half|side|edge|border|margin|pole)\b(?! of (?:his|her|their|the patient))"
+PORTION = (
+    r"(?:portion|part|half|side|edge|border|margin|pole)\b(?! of the (?:image|picture|photo|"
+    r"frame))(?! of (?:his|her|their|(?:the )?(?:patient|body)))"
+)
+LESION_SIDE = re.compile(rf"\b\w+ {PORTION}")
 # Words with a capital that the vocabulary does not know: two in a row inside a sentence or as its subject; one that
 # is told to be so many years old, or follows "patient"; one behind an initial.
 FULL_NAME = re.compile(
     r"(?<=[a-z,;:] )([A-Z][a-z]+) ([A-Z][a-z]+)\b"
+    r"|^([A-Z][a-z]+) ([A-Z][a-z]+)(?=, (?:the|her|his|a|an|who|our|my)\b)"
     r"|^([A-Z][a-z]+) ([A-Z][a-z]+)(?=,? (?:is|was|has|had|an?|aged?|presents?|presented|came)\b)"
 )
 ONE_NAME = re.compile(
     r"\b([A-Z][a-z]{2,}),? (?:(?:is|was|has been|aged?|an?|\() ?){1,2}\d{1,3}\b"
     r"|^([A-Z][a-z]{2,}), \d{1,3}\b"
+    r"|^([A-Z][a-z]{2,}), an? (?:[\w-]+ )?(?:man|woman|boy|girl|lady|gentleman|male|female|patient)\b"
     r"|\b(?:[Pp]atient:?|Lady|Sir|named) ([A-Z][a-z]{2,})\b"
+    r"|\b(?:mother|father|wife|husband|daughter|son|sister|brother|partner|colleague|dermatologist|doctor|nurse|"
+    r"surgeon|"
+    r"physician|assistant|friend|neighbou?r),? ([A-Z][a-z]{2,})\b"
     r"|^([A-Z][a-z]{2,}), (?:I|we|you)\b"
+    r"|\b(?:patient|man|woman|boy|girl|lady|gentleman) \(([A-Z][a-z]{2,})\b"
 )
 INITIAL = re.compile(r"\b[A-Z]\. ?([A-Z][a-z]{2,})\b")
 
@@ -81,55 +84,44 @@ def personal_details(sentence: str) -> list[tuple[str, str]]:
     return told + [("name", n[0]) for n in names if not {w.lower() for w in n.groups() if w} & _known_words()]
 
 
-def unsupported(clean: str, facts: Facts, sees: bool = False, is_talk: bool = False) -> Iterator[tuple[str, str, str]]:
+def unsupported(
+    clean: str, facts: Facts, sees: bool = False, is_talk: bool = False, is_wrong: bool = False
+) -> Iterator[tuple[str, str, str]]:
     """("unsupported", what, term) for what the normalised sentence says beyond the facts.
 
     `sees`: the model had the image, so that nothing can be said here against what it reports of the lesion's look.
-    `is_talk`: the sentence is at fault as a whole already, and its odd words say nothing more.
+    `is_talk`: the sentence is at fault as a whole already, and its odd words say nothing more. `is_wrong`: it
+    contradicts a fact, so that its tenses tell nothing either.
     """
-    told = [*_by_list(clean, facts), *_by_fact(clean, facts, sees)]
+    told = [event for event in events(clean, facts) if not is_talk or happened(clean, event[1])]
+    told += _by_fact(clean, facts, sees)
     if not sees:
         told += _appearance(clean, facts)
+    if not told and not is_talk and not is_wrong:
+        told += past_events(clean)
+    told += _general(clean, facts)
     known = _given_words(facts)
     if "age" in facts:
         known |= set(terms()["age_bands"])
     if sees:
         known |= word_set("appearance_words")
-    if (code := class_of_facts(facts)) is not None:
-        known |= {word for way in terms()["entailed_words"][code] for word in WORD.findall(way)}
+    known |= _entailed(facts)
     explained = {word for _, term in told for word in WORD.findall(term)}
-    told += [("other", word) for word in _strange(clean, known | explained)]
+    told += [
+        ("other", word)
+        for word in _strange(said.without_words(_without_given_look(clean, facts), "idle_phrases"), known | explained)
+    ]
     told = [(about, term) for about, term in dict.fromkeys(told) if about != "other" or not is_talk]
     yield from (("unsupported", about, term) for about, term in told)
 
 
-def _by_list(clean: str, facts: Facts) -> Iterator[tuple[str, str]]:
-    """Sizes, symptoms, history and treatment: no fact of ours gives any, so each is unsupported, denied or not."""
+def _general(clean: str, facts: Facts) -> Iterator[tuple[str, str]]:
+    """Talk about such lesions in general, and words of alarm."""
     blank = said.without_words(without(clean, said.names_of(facts)), "idle_phrases")
-    blank = re.sub(
-        r"\b(?:large|small|big) (?:but \w+ )?(?:amount|number|part|risk|chance|percentage|proportion|genetic|"
-        r"mutation)s?\b",
-        lambda m: "_" * len(m[0]),
-        blank,
-    )
-    blank = GROWTH_IN_SIZE.sub(r"\1", blank)
-    planned = PLAN.search(clean) is not None
-    for match in (*LENGTH.finditer(blank), *EXTENT.finditer(blank)):
-        yield "size", match[0]
-    for match in DURATION.finditer(blank):
-        if match[0].split()[0] not in ages(clean) and not re.match(rf"{facts.get('age', 'x')} years\b", match[0]):
-            is_ahead = AHEAD.search(blank[: match.start()]) and (planned or said.found_words(blank, "treatment_words"))
-            yield "treatment" if is_ahead else "history", match[0]
-    for term in said.found_words(blank, "work_up_words"):
-        yield "treatment" if planned else "history", term
-    blank = said.without_words(blank, "work_up_words")
-    for about in ("size", "symptom", "history", "treatment"):
-        for term in said.found_words(blank, f"{about}_words"):
-            if about != "treatment" or not KIN.search(blank[: blank.index(term)]):
-                yield about, term
     yield from (("other", term) for term in said.found_words(blank, "general_talk"))
     for claim in said.claims(blank, "alarm_names"):
-        if (facts.get("malignancy") or "benign") == "benign" and not (claim.negated and "malignancy" in facts):
+        denied = claim.negated and "malignancy" in facts
+        if (facts.get("malignancy") or "benign") == "benign" and not denied and claim.term not in _given_words(facts):
             yield "other", claim.term
 
 
@@ -138,15 +130,16 @@ def _by_fact(clean: str, facts: Facts, sees: bool) -> Iterator[tuple[str, str]]:
     if "age" not in facts:
         yield from (("age", term) for term in re.findall(r"\b\d{1,3}[- ]years?[- ]?old\b|\baged? \d{1,3}\b", clean))
         yield from (("age", number) for number in ages(clean))
-        yield from (("age", term) for term in said.found_words(clean, "age_words"))
+        yield from (("age", term) for term in age_words(clean, said.found_words(clean, "age_words")))
     if "sex" not in facts:
         yield from (("sex", claim.term) for claim in said.claims(clean, "sex_names"))
     for match in said.places_pattern().finditer(said.without_idle(clean)):
         fault = said.site_fault(match[0], facts.get("site", "").lower() or None)
-        if fault is not None and said.is_of_all(clean, match.start()):
-            yield "other", match[0]
-        elif fault == "unsupported":
+        of_all = said.is_of_all(clean, match.start())
+        beside = of_all or said.is_beside(clean, match, facts.get("site", "").lower())
+        if (fault is not None and beside) or fault == "unsupported" or _is_one_of(match[0], clean, facts):
             yield "site", match[0]
+    yield from (("site", m[0]) for m in ANYWHERE.finditer(clean))
     given = set(WORD.findall(facts.get("site", "").lower()))
     for word in said.found_words(_without_other_places(said.without_idle(clean), facts), "side_words"):
         if word not in given:
@@ -158,8 +151,14 @@ def _by_fact(clean: str, facts: Facts, sees: bool) -> Iterator[tuple[str, str]]:
     if "diagnosis" in facts:
         own = {c.group for c in said.claims(facts["diagnosis"].lower(), "class_names")}
         for claim in said.claims(blank, "class_names"):
-            if claim.aside and claim.group not in own and not UNLIKE.search(blank[: claim.start]):
+            if claim.aside and not claim.negated and claim.group not in own and not UNLIKE.search(blank[: claim.start]):
                 yield "other", claim.term
+
+
+def _is_one_of(place: str, clean: str, facts: Facts) -> bool:
+    """Whether the sentence names just one place of a site that leaves open which it is ("head, neck or face")."""
+    own = said.split_places(facts.get("site", "").lower())
+    return len(own) > 1 and place in own and sum(re.search(rf"\b{p}\b", clean) is not None for p in own) == 1
 
 
 def _without_other_places(clean: str, facts: Facts) -> str:
@@ -172,8 +171,8 @@ def _without_other_places(clean: str, facts: Facts) -> str:
             return "_" * len(match[0])
         return match[0].replace(match["place"], "_" * len(match["place"])) if " " in match["place"] else match[0]
 
-    places = re.sub(rf"(?:\b(?:left|right|upper|lower) )?(?P<place>{said.places_pattern().pattern})", blank, clean)
-    return re.sub(rf"\b\w+ {PORTION}", lambda m: "_" * len(m[0]), places)
+    clean = LESION_SIDE.sub(lambda m: m[0] if _is_of_given(clean, m.end(), site) else "_" * len(m[0]), clean)
+    return re.sub(rf"(?:\b(?:left|right|upper|lower) )*(?P<place>{said.places_pattern().pattern})", blank, clean)
 
 
 def _appearance(clean: str, facts: Facts) -> Iterator[tuple[str, str]]:
@@ -188,10 +187,44 @@ def _appearance(clean: str, facts: Facts) -> Iterator[tuple[str, str]]:
             plain = claim.group == "brown" and any("brown" in g for g in given)
             if claim.group not in given and not plain and not claim.negated:
                 yield "appearance", claim.term
-    own = _given_words(facts)
+    own = _given_words(facts) | _entailed(facts)
+    blank = NO_LOOK.sub(lambda m: "_" * len(m[0]), said.without_words(blank, "history_words"))
+    blank = _without_other_look(_without_given_look(blank, facts), facts)
     yield from (("appearance", term) for term in said.found_words(blank, "appearance_words") if term not in own)
-    sides = "|".join(terms()["side_words"])
-    yield from (("appearance", term) for term in re.findall(rf"\b(?:{sides}) {PORTION}", blank))
+    yield from (("appearance", m[0]) for m in LOOKS_LIKE.finditer(blank) if m[0] not in own)
+    sides = "|".join(w for w in terms()["side_words"] if not w.startswith(("ext", "flex")))
+    for match in re.finditer(rf"\b(?:{sides}) {PORTION}", blank):
+        if not _place_behind().match(blank, match.end()):
+            yield "appearance", match[0]
+
+
+def _entailed(facts: Facts) -> set[str]:
+    """Words that follow from the given diagnosis."""
+    code = class_of_facts(facts)
+    return {word for way in terms()["entailed_words"][code] for word in WORD.findall(way)} if code else set()
+
+
+def _without_given_look(clean: str, facts: Facts) -> str:
+    """The sentence without the terms that say given attributes: "a bright red", "fading border"."""
+    for name in APPEARANCE:
+        names = f"{name[:-1]}_names" if name in ("colours", "structures") else f"{name}_names"
+        for claim in said.claims(clean, names) if name in facts else ():
+            if claim.group in split_words(facts[name]):
+                clean = clean[: claim.start] + "_" * len(claim.term) + clean[claim.start + len(claim.term) :]
+    return clean
+
+
+def _without_other_look(clean: str, facts: Facts) -> str:
+    """The sentence without the word before another disease than the given one ("no amelanotic melanoma")."""
+    given = class_of_facts(facts)
+    for claim in said.claims(clean, "class_names"):
+        before = clean[: claim.start].rstrip().rpartition(" ")[0]
+        if claim.aside or claim.negated or claim.group != given:
+            clean = before + "_" * (claim.start - len(before)) + clean[claim.start :]
+    for match in said.other_diseases().finditer(clean):
+        before = clean[: match.start()].rstrip().rpartition(" ")[0]
+        clean = before + "_" * (match.start() - len(before)) + clean[match.start() :]
+    return clean
 
 
 def _strange(clean: str, known: set[str]) -> Iterator[str]:
@@ -210,6 +243,18 @@ def _strange(clean: str, known: set[str]) -> Iterator[str]:
             yield word
 
 
+def _is_of_given(clean: str, end: int, site: str | None) -> bool:
+    """Whether a side that ends at `end` is one of a place that the site does not exclude."""
+    found = _place_behind().match(clean, end)
+    return found is not None and said.site_fault(found["place"], site) != "contradiction"
+
+
+@functools.cache
+def _place_behind() -> re.Pattern[str]:
+    """The name of a place behind "the left side": then it is no side of the lesion."""
+    return re.compile(rf" of (?:the |his |her |their )?(?:\w+ )?(?P<place>{said.places_pattern().pattern})")
+
+
 @functools.cache
 def _plain_words() -> frozenset[str]:
     return _all_listed() | word_set("plain_words") | word_set("function_words")
@@ -225,9 +270,10 @@ def class_of_facts(facts: Facts) -> str | None:
 def _all_listed() -> frozenset[str]:
     """Words that another check judges: they are not strange, whatever that check says of them."""
     names = ("class_names", "malignancy_names", "sex_names", "asymmetry_names", "border_names", "colour_names")
-    listed = (*names, "structure_names", "alarm_names", "negations", "side_words", "appearance_words")
+    listed = (*names, "structure_names", "alarm_names", "negations", "side_words")
     places = {w for place in [*said.parents(), *said.parents().values()] for w in WORD.findall(place)}
-    return frozenset(places.union(*(word_set(name) for name in listed)))
+    looks = {look for look in phrases_of("appearance_words") if " " not in look}
+    return frozenset(places.union(looks, *(word_set(name) for name in listed)))
 
 
 @functools.cache

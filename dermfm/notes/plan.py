@@ -74,6 +74,10 @@ class NotesConfig:
         if self.engine.kind == "vllm" and self.ray != "never" and self.gpus_per_actor != 1:
             raise ValueError("gpus_per_actor: vllm needs 1 GPU for each shard; set gpus_per_actor=1")
         check_range("gpus_per_actor", self.gpus_per_actor, 0)
+        if self.engine.kind == "transformers" and self.ray == "never" and self.engine.shards > 1:
+            raise ValueError(
+                f"engine.tensor_parallel: {self.engine.shards} processes are started on Ray only; leave out ray=never"
+            )
         if self.engine.device == "cuda" and self.ray != "never" and not self.gpus_per_actor:
             raise ValueError("gpus_per_actor: engine.device=cuda needs a GPU for every actor; set gpus_per_actor=1")
         check_range("max_failed_fraction", self.max_failed_fraction, 0, 1)

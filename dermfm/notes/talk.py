@@ -13,7 +13,8 @@ from dermfm.notes.claims import found_words
 # What one refuses to do, without verbs that a finding may have as its subject ("dermoscopy could not confirm").
 DEED = (
     "provide|give|offer|assist|help|write|generate|create|produce|complete|comply|fulfil|fulfill|comment|"
-    "interpret|analy[sz]e|diagnose|answer|respond|discuss|process|access|open|have access|engage|continue|proceed|"
+    "interpret|analy[sz]e|diagnose|answer|respond(?! to (?:\\w+ ){0,2}(?:treatment|therap|drug|medic))|discuss|"
+    "process|access|open|have access|engage|continue|proceed|"
     "share|disclose|draft|compose|supply|summari[sz]e|describe|examine images|view images|accept|carry out"
 )
 CANNOT = (
@@ -52,7 +53,9 @@ TALK = tuple(
         rf"\b(?:this|the|these|those|all) (?:(?:{KIND_OF_TEXT}) )*(?:{TEXT})\b",
         rf"\b(?:a|an|one) (?:(?:{KIND_OF_TEXT}) )+(?:{TEXT})\b",
         rf"\b(?:no|without (?:an?|any|the)|insufficient|not enough|more|additional|further) (?:\w+ )?(?:{PICTURE})s?"
-        r"(?: \w+){0,6} (?:provided|attached|supplied|uploaded|shared|needed|required|to)\b",
+        r"(?: \w+){0,6} (?:provided|attached|supplied|uploaded|shared|needed|required|to (?:make|write|give|assess|"
+        r"describe|diagnose|provide|"
+        r"complete|determine|help|say|confirm|go on))\b",
         rf"\b(?:{PICTURE}) (?:was|were|is|has been|have been) (?:not|never) (?:provided|attached|supplied|uploaded|"
         rf"available|shared|visible)\b",
         r"\b(?:nothing|no (?:note|diagnosis|description|assessment|statement|comment|opinion|conclusion|"
@@ -61,7 +64,8 @@ TALK = tuple(
         r"make)\b",
         r"\b(?:note|answer|summary|request|instruction)s? (?:cannot|can't|could not|will not) be\b|\bword count\b",
         # whoever speaks of writing speaks of the note
-        r"\b(?:writ(?:e|es|ing|ten)|draft(?:ed|ing)|composing|automated|automatically|generated|summari[sz](?:e|ing|"
+        r"(?<!he )(?<!patient )\b(?:writ(?:e|es|ing|ten)|draft(?:ed|ing)|composing|automated|automatically|"
+        r"generated|summari[sz](?:e|ing|"
         r"ed))\b",
         r"\b(?:my|our) (?:place|remit|role|abilit\w+|capabilit\w+|knowledge|guidelines|polic\w+|programming|"
         r"instructions|"
@@ -69,13 +73,17 @@ TALK = tuple(
         r"what) (?:scope|remit|i)\b",
         r"\bas an? (?:[\w-]+ )*(?:model|assistant|system|program|bot)\b",
         r"\bnothing (?:else |more )?(?:was|has been|is|were) (?:added|invented|omitted|left out|changed)\b",
+        r"\bin (?:one|two|three|four|five|\d) (?:\w+ )?(?:sentences?|words|lines|paragraphs?)\b|\bunnecessary words\b",
         r"\b(?:one|two|three|single)-(?:sentence|paragraph|line)\b|\bin plain (?:language|english|words|prose)\b",
+        r"\bour (?:\w+ )?(?:team|research|facilit\w+|staff|program\w*|mission|work)\b|\b(?:best|kind|warm) wishes\b",
         r"\b(?:thanks|thank you|apolog\w+|sorry|feel free|regards|sincerely|let me|hello|hi|greetings|"
         r"good (?:morning|day)|dear)\b",
         r"\b(?:ai|language model|chatbot|virtual assistant|training data|artificial intelligence)\b",
         r"\b(?:disclaimer|(?:educational|informational|illustrative|illustration) purposes|(?:medical|"
         r"professional) advice|please)\b",
         r"\b(?:substitute|replacement) for\b|\bnot (?:a|an) (?:\w+ )?(?:diagnosis by|consultation)\b",
+        r"^\W*(?:and )?my name is\b|\bi(?:'m| am) an? (?:\w+ )?(?:dermatologist|doctor|physician|clinician|nurse|"
+        r"student)\b",
         r"^(?:always )?(?:consult|contact|seek|ask|speak (?:to|with)|talk to|visit|see|discuss)(?: with)? (?:an?|the|"
         r"your|professional|medical|expert)\b",
         r"^\W*(?:got it|end of|sure|certainly|of course|absolutely|okay|ok|great|alright|understood|here (?:is|are|"

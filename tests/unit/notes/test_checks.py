@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from dermfm.notes.ages import AGES
 from dermfm.notes.checks import class_of, find_faults
 from dermfm.notes.claims import normalise
+from dermfm.notes.phrases import any_of
 from dermfm.notes.repair import repair_note
 
 FACTS = {
@@ -20,6 +23,13 @@ FACTS = {
 MELANOMA = {"image": "clinical", "diagnosis": "melanoma in situ", "malignancy": "malignant"}
 KERATOSIS = {"image": "clinical", "diagnosis": "actinic keratosis", "malignancy": "pre-cancerous"}
 
+MEASURED = {
+    "image": "dermoscopic",
+    "asymmetry": "asymmetric",
+    "border": "indistinct",
+    "colours": "light brown and dark brown",
+}
+
 BASE = "Dermoscopic image of a compound nevus on the back of a 55-year-old woman. It is a benign lesion."
 FAITHFUL = [
     (FACTS, "Dermoscopic image of a compound nevus on the back of a 55-year-old woman. It is a benign lesion."),
@@ -31,6 +41,13 @@ FAITHFUL = [
     (FACTS, BASE + " Basal cell carcinoma is unlikely."),
     (FACTS, BASE + " Seborrheic keratosis was ruled out."),
     (KERATOSIS, "The clinical photograph shows an actinic keratosis, a pre-cancerous skin lesion."),
+    (KERATOSIS, "Clinical photo: AK, premalignant, not yet a cancer."),
+    (FACTS, "F, 55. Back. Dermoscopy: compound mole. Benign."),
+    (FACTS, "A nevus of compound type (benign) on the back of a patient of 55, dermoscopically imaged; sex: F."),
+    (FACTS, BASE + " Melanoma, basal cell carcinoma and squamous cell carcinoma can be excluded."),
+    (FACTS, BASE + " It is not only benign but typical."),
+    (MEASURED, "Dermoscopy: the halves do not match, its edges melt into the surrounding skin; light and dark brown."),
+    (MEASURED, "Asymmetric, the outline hard to trace, two browns (light and dark), in a dermoscopic image."),
 ]
 FAULTY = [
     (FACTS, BASE.replace(" on the back", ""), "missing: site"),
@@ -68,6 +85,15 @@ FAULTY = [
         "contradiction: malignancy (malignant)",
     ),
     (KERATOSIS, "The clinical image shows actinic keratosis. It is not pre-cancerous.", "missing: malignancy"),
+    (FACTS, BASE + " It is malignant.", "self-contradiction: malignancy"),
+    (FACTS, BASE + " She is no longer 55 but 56 years old.", "self-contradiction: age"),
+    (FACTS, BASE + " A wart is seen.", "contradiction: diagnosis (wart)"),
+    (FACTS, BASE + " It could be followed up in six months.", "unsupported: treatment (six months)"),
+    (FACTS, BASE + " It has slowly darkened.", "unsupported: history (has slowly darkened)"),
+    (FACTS, BASE + " She should return.", "unsupported: treatment (should return)"),
+    (FACTS, BASE + " It is star-like.", "unsupported: appearance (star-like)"),
+    (MEASURED, "Dermoscopic image: perfect symmetry.", "contradiction: asymmetry (perfect symmetry)"),
+    (MEASURED, "Dermoscopic image: the margin is crisply cut.", "contradiction: border (crisply cut)"),
 ]
 
 
@@ -119,6 +145,13 @@ def test_the_word_cancer_in_a_class_name_says_nothing_about_malignancy():
 )
 def test_a_diagnosis_belongs_to_its_class(diagnosis, code):
     assert class_of(diagnosis) == code
+
+
+@pytest.mark.parametrize("text", ["a mole", "no mole", "mole", "moles", "a moles"])
+def test_of_many_phrases_the_longest_is_found(text):
+    found = re.search(any_of(["mole", "moles", "a mole", "no mole"]), text)
+    assert found is not None
+    assert found[0] == {"a moles": "a mole"}.get(text, text)
 
 
 def test_repair_removes_what_is_invented_and_states_what_is_missing():

@@ -21,6 +21,10 @@ from dermfm.notes.engines.protocol import (
     weight_bytes,
 )
 from dermfm.notes.engines.schema import decodable, longest, settle
+from dermfm.notes.plan import NotesConfig, PlannedNote
+from dermfm.notes.strategies import find_strategies
+from dermfm.notes.synthesize import make_item
+from dermfm.notes.write import NoteWriter
 
 COLOURS = ["red", "light brown", "dark brown", "blue-grey", "weiß – white"]
 SCHEMA = {
@@ -158,6 +162,20 @@ def test_images_with_options_give_valid_answers(seeing, pictures):
     requests = [asked("?", image=pictures[k % 2], schema=SCHEMA, seed=k, attempt=1) for k in range(6)]
     answers = [json.loads(answer.text) for answer in seeing.generate(requests)]
     assert [list(jsonschema.Draft202012Validator(SCHEMA).iter_errors(answer)) for answer in answers] == [[]] * 6
+
+
+def test_strategies_that_see_make_notes_of_records_and_their_images(seeing, pictures, record):
+    folder = pictures[0].rpartition("/")[0]
+    config = NotesConfig(records=f"{folder}/records.parquet", out="o", engine=EngineConfig(attempts=1))
+    strategies = find_strategies(["open", "native", "native_blind"], None, lambda: True)
+    records = [record(f"i{k}", 5, image=path.rpartition("/")[2]) for k, path in enumerate(pictures)]
+    items = [make_item(PlannedNote(f"{s.name}{r['image']}", 0, s, 3), r, config) for s in strategies for r in records]
+    rows = NoteWriter(config.engine, engine=seeing).work(items)
+    assert [item.request.image for item in items] == pictures * 3
+    assert [row["label_access"] for row in rows] == ["blind", "blind", "given", "given", "blind", "blind"]
+    assert not any("carcinoma" in text for k in (0, 1, 4, 5) for _, text in items[k].request.messages)
+    assert not any(fault.startswith("option") for row in rows[:2] for fault in row["first_faults"])
+    assert all(row["text"] and not row["error"] for row in rows)
 
 
 def test_an_image_that_cannot_be_read_names_its_file(seeing, tmp_path):

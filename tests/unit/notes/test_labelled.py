@@ -2,7 +2,8 @@
 
 How to label is written in LABELLING.md, precisely enough for two people to agree. Each file's first line tells how its
 notes came about and what the checker scored at its first look, which is the honest figure: it was mended on them
-afterwards, one file after the other, and what is asserted here is the later state. On the third set it was not mended.
+afterwards, one file after the other, and what is asserted here is the later state. The sets "outside" were written and
+labelled by people who knew the guide and nothing of the checker; the others by people who knew its rules.
 """
 
 from __future__ import annotations
@@ -25,6 +26,11 @@ SETS = (
     "labelled_notes_fresh.jsonl",
     "labelled_notes_last.jsonl",
     "labelled_notes_third.jsonl",
+    "labelled_notes_outside_a.jsonl",
+    "labelled_notes_outside_b.jsonl",
+    "labelled_notes_outside_c.jsonl",
+    "labelled_notes_outside_d.jsonl",
+    "labelled_notes_outside_e.jsonl",
 )
 OF_THE_NOTE = ("refusal", "unfinished", "repetition", "self-contradiction", "personal")
 RESIDUAL = "unsupported: other"  # counts only where nothing else is wrong with the sentence
@@ -96,6 +102,12 @@ OF_SET = {
     | {"unsupported: treatment": 0.75},
     "labelled_notes_third.jsonl": {"unsupported: appearance": 0.85, "contradiction": 0.85, "personal": 0.85}
     | {"self-contradiction": 0.8},
+    "labelled_notes_outside_a.jsonl": {"contradiction": 0.85},
+    "labelled_notes_outside_b.jsonl": {"unsupported: appearance": 0.85},
+    "labelled_notes_outside_c.jsonl": {"unsupported: treatment": 0.7, "unsupported: appearance": 0.85},
+    "labelled_notes_outside_d.jsonl": {"unsupported": 0.88, "unsupported: site": 0.8, "unsupported: appearance": 0.7},
+    "labelled_notes_outside_e.jsonl": {"unsupported: site": 0.75, "unsupported: size": 0.84}
+    | {"unsupported: treatment": 0.85, "unsupported: appearance": 0.8},
 }
 ENOUGH = 5  # labelled faults of a kind from which its precision and recall mean something by themselves
 

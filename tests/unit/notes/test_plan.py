@@ -8,6 +8,7 @@ import pytest
 
 from dermfm.config import InputError
 from dermfm.notes import store
+from dermfm.notes.engines.protocol import EngineConfig
 from dermfm.notes.plan import NotesConfig, make_plan, spread
 from dermfm.notes.synthesize import plan_notes, synthesize
 from dermfm.records.table import read_records
@@ -115,6 +116,11 @@ def test_the_written_schema_is_the_contract(records_file, tmp_path):
 def test_a_bad_key_is_refused(key, value):
     with pytest.raises(ValueError, match=key):
         NotesConfig(records="r", out="o", **{key: value})
+
+
+def test_a_model_over_several_processes_without_ray_is_refused_before_anything_is_planned():
+    with pytest.raises(ValueError, match="3 processes are started on Ray only"):
+        NotesConfig(records="r", out="o", ray="never", engine=EngineConfig(tensor_parallel=3))
 
 
 def test_a_share_of_an_array_with_nothing_to_do_ends_well_and_so_does_a_node_that_would_help_it(

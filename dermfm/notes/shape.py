@@ -1,0 +1,137 @@
+"""What a sentence claims of a lesion's symmetry and of its border, by the terms of `terms.yaml` and by grammar.
+
+A border is described by an adverb and a verb ("crisply delimited"), by an adjective before or behind its noun ("blurred
+edges", "the margin is clear"), or by what it does ("melts into the skin"); symmetry by what the halves do.
+"""
+
+from __future__ import annotations
+
+import re
+
+from dermfm.notes import claims as said
+from dermfm.notes.claims import sentences, without
+from dermfm.notes.facts import Facts
+
+Claims = list[tuple[str, str]]  # (word of the options or "not WORD", term)
+
+OPPOSITE = {"symmetric": "asymmetric", "asymmetric": "symmetric"}
+PARTLY = re.compile(
+    r"\b(?:partly|partially|in part|in parts|in places|in some|on one side|elsewhere|in others|focally|while|whereas|"
+    r"at one|along one|one part|some parts?|other parts?|some areas|other areas|some stretches|others|half|varies|"
+    r"variable|variably|here and|alternat\w+|both)\b"
+)
+# "shows perfect symmetry" says symmetric; "symmetry: …" and "the asymmetry is …" only name what follows
+SYMMETRY = re.compile(
+    r"\b(?:(?:perfect|clear|good|complete|overall|marked|bilateral|high|near|full|absolute|great|remarkable|evident|"
+    r"obvious|significant|noticeable|pronounced|striking|strong|slight|mild|moderate|definite|notable|visible|some|"
+    r"a?symmetric(?:al)?|degree of|lack of|shows?|showing|displays?|displaying|exhibits?|exhibiting|demonstrates?|has|"
+    r"have|having|with|reveals?|there is|is|an?|lacks?|lacking|without|no|any|demonstrates|by|"
+    r"devoid of) )+(?P<word>a?symmetry)\b(?! ?:| (?:is|was|score|index|axis|axes))"
+    r"|\b(?P<about>a?symmetry) (?:about|along|in|across|on|around) (?:both|all|every|either|each|one|two|the two|any)\b"
+    r"|\b(?P<seen>a?symmetry) (?:is|was) (?:\w+ly )?(?:present|seen|noted|evident|observed|apparent|visible|preserved|"
+    r"maintained|found)\b"
+)
+HALVES = {
+    "asymmetric": re.compile(
+        r"\b(?:halves|sides|parts)(?: of (?:the|this) lesion| of it)? (?:\w+ )?(?:do not|don't|does not|fail to|"
+        r"are not|aren't|hardly|never|differ|are (?:un|dif)\w+)(?! differ)|\b(?:is|are|looks?|appears?) (?:lopsided|"
+        r"skewed|off-balance)\b"
+        r"|\bnot (?:a |the )?mirror|\bneither half (?:mirrors|matches)|\bone half (?:\w+ ){0,2}(?:unlike|differ|not)"
+    ),
+    "symmetric": re.compile(
+        r"\b(?:matching|equal|identical|congruent) halves\b|\bhalves (?:of (?:the|this|its) \w+ |of it )?"
+        r"(?:\w+ly )?(?:match|mirror|correspond|agree|are (?:\w+ly )?(?:alike|equal|identical|the same|"
+        r"mirror|congruent|matching)|look (?:alike|the same|equal))|\bmirror images? of (?:each|"
+        r"one an)other"
+    ),
+}
+EDGE = (
+    r"(?:border|edge|margin|outline|contour|boundar(?:y|ie)|demarcation|delimitation|rim|transition|periphery|limit|"
+    r"perimeter)s?"
+)
+DRAWN = (
+    r"(?:defined|demarcated|circumscribed|delimited|delineated|outlined|bordered|marginated|cut|limited|bounded|"
+    r"separated|set off|contoured|traced|marked|edged|drawn|visible|distinguishable|discernible|recogni[sz]able)"
+)
+CRISP = (
+    r"(?:sharp|crisp|clean|clear|distinct|neat|precise|definite|well-defined|well-demarcated|well-circumscribed|"
+    r"abrupt|clear-cut|clean-cut|"
+    r"sharp-cut)"
+)
+BLURRED = (
+    r"(?:blurred|blurry|fuzzy|hazy|vague|indistinct|unclear|soft|smudgy|smudged|diffuse|ill-defined|poor|washed-out|"
+    r"faint|undefined|unsharp|indefinite|imprecise|faded|fading|gradual|nebulous|obscure|elusive|woolly|feathered)"
+)
+BE = r"(?:is|are|was|were|appears?|looks?|seems?|remains?|being|stays?)"
+BORDER = {
+    "mixed": re.compile(
+        rf"\b{EDGE}(?: \w+){{0,2}} {BE} (?:of (?:an? )?)?mixed\b(?! colou?r| with)|\bmixed (?:\w+ )?{EDGE}\b"
+    ),
+    "sharp": re.compile(
+        rf"\b(?:sharply|crisply|clearly|well|neatly|cleanly|precisely|distinctly|abruptly|strictly|"
+        rf"exactly)[- ]{DRAWN}\b"
+        rf"|\b{CRISP}(?:,? (?:and )?\w+)?,? {EDGE}\b|\b{EDGE}(?: \w+){{0,3}} {BE} (?:\w+ly |very |quite |"
+        rf"rather )?{CRISP}\b"
+        rf"|\b(?:ends?|stops?|ceases?|terminat\w+) abruptly|\b{EDGE} (?:that |which )?(?:is|are) clearly visible"
+        rf"|\b{EDGE} can be (?:traced|followed|drawn) (?:easily|clearly|precisely|all)"
+    ),
+    "indistinct": re.compile(
+        rf"\b(?:poorly|ill|vaguely|badly|indistinctly|hardly|barely|weakly|faintly|imprecisely|loosely|"
+        rf"scarcely)[- ]{DRAWN}\b|\b(?:not|cannot|can't|without|no) (?:\w+ )?(?:well|clearly|sharply|"
+        rf"crisply)[- ]{DRAWN}\b"
+        rf"|\b{BLURRED}(?:,? (?:and )?\w+)?,? {EDGE}\b|\b{EDGE}(?: \w+){{0,3}} {BE} (?:\w+ly |very |quite |"
+        rf"rather )?{BLURRED}\b"
+        rf"|\b(?:melt|fade|blend|merge|dissolve|bleed|trail|shade|peter|fizzle|diffuse|vanish|run|pass)(?:s|es|ing)? "
+        r"(?:\w+ ){0,2}?(?:into|out|away|off|gradually|imperceptibly|seamlessly) (?:\w+ ){0,3}?(?:skin|surround\w+|"
+        rf"neighbou?r\w+|background|environment|tissue)|\b{EDGE} (?:that |which )?(?:\w+ly )?(?:melts?|fades?|blends?|"
+        rf"merges?|"
+        r"dissolves?|trails?|shades?|blurs?|peters?|bleeds?)\b"
+        rf"|\b(?:hard|difficult|impossible) to (?:\w+ )?(?:trace|tell|define|discern|delineate|make out|follow|"
+        rf"determine)\b"
+        rf"|\b(?:no|without an?|lacks? an?|lacking an?) (?:\w+ )?(?:sharp|clear|crisp|distinct|discernible|"
+        rf"definite) {EDGE}"
+    ),
+}  # fmt: skip
+
+
+def shape_claims(clean: str, facts: Facts, name: str) -> Claims:
+    """(word of the options, term) of what is claimed about `name` (asymmetry, border); a negation turns symmetry, and
+    makes "not sharp" of a sharp border."""
+    parts = [without(sentence, said.names_of(facts)) for sentence in sentences(clean)]
+    find = _symmetry if name == "asymmetry" else _border
+    return [claim for part in parts for claim in find(part)]
+
+
+def _symmetry(sentence: str) -> Claims:
+    told = [c for c in said.claims(sentence, "asymmetry_names") if not _is_of_a_limb(sentence, c)]
+    found = [(OPPOSITE[c.group], f"not {c.term}") if c.negated else (c.group, c.term) for c in told]
+    noun = SYMMETRY.search(sentence)
+    word = noun and (noun["word"] or noun["about"] or noun["seen"])
+    if noun and word and not any(word in claim.term for claim in told):
+        group = "asymmetric" if word == "asymmetry" else "symmetric"
+        at = noun.start() + noun[0].index(word)
+        denied = said.is_negated(sentence, at, noun.end()) or "lack of" in noun[0]
+        found.append((OPPOSITE[group] if denied else group, noun[0]))
+    if not found:
+        found = [(group, m[0]) for group, pattern in HALVES.items() if (m := pattern.search(sentence))][:1]
+    return found
+
+
+def _is_of_a_limb(sentence: str, claim: said.Claim) -> bool:
+    """Whether a part of the body is called so, not the lesion: "a symmetrical upper extremity"."""
+    return said.places_pattern().match(sentence, claim.start + len(claim.term) + 1) is not None
+
+
+def _border(sentence: str) -> Claims:
+    told = said.claims(sentence, "border_names")
+    groups = {claim.group for claim in told}
+    found = [(f"not {c.group}", f"not {c.term}") if c.negated else (c.group, c.term) for c in told]
+    for group, pattern in BORDER.items():
+        match = pattern.search(sentence)
+        if match is not None and group not in groups and "mixed" not in groups:
+            denied = said.is_negated(sentence, match.start(), match.end())
+            found.append((f"not {group}" if denied else group, match[0]))
+    named = {group.removeprefix("not ") for group, _ in found}
+    if len(named) > 1 and PARTLY.search(sentence):
+        return [("mixed", "partly")]
+    return found
