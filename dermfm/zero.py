@@ -115,6 +115,8 @@ def _zero_section(config: ZeroConfig, num_learning: int, num_parameters: int, de
     if config.stage in (1, 2):
         # Below stage 3 DeepSpeed's scatter is an all-reduce, too, with a copy of the bucket before it and one after it.
         zero["reduce_scatter"] = False
+    if config.stage == 1 and not on_gpu and config.precision == "fp32" and not config.offload_optimizer:
+        zero["contiguous_gradients"] = False  # no bucket: `dermfm.shares` packs gradients once, after the last of them
     if config.stage == 3:
         live = memory.live_elements(num_parameters)
         # DeepSpeed's own defaults (a billion) keep most models gathered throughout, as if nothing were sharded.
