@@ -2,10 +2,10 @@
 
 DeepSpeed computes one norm a parameter group at stages 1 to 3, all-reduces it, and skips the step (and clears every
 gradient that it holds) where one is not finite. This listens to those norms, so they cost nothing more, and can ask for
-the same skip. At stage 1 in float32 in host memory the gradients are averaged, measured and clipped here, in the shares
-that `dermfm.shares` packs. At stage 0 there is no place to listen: in float32 they are averaged, measured and clipped
-here, too, one flat tensor a parameter group; DeepSpeed would copy them twice and read them three times more. In other
-precisions norms are taken of what it has averaged.
+the same skip. At stage 1 in float32 in host memory the step is `dermfm.shares`', and gradients are measured and clipped
+here. At stage 0 there is no place to listen: in float32 they are averaged, measured and clipped here, too, one flat
+tensor a parameter group; DeepSpeed would copy them twice and read them three times more. In other precisions norms are
+taken of what it has averaged.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ class Gradients:
         self._norms: list[Tensor] = []
         optimizer = engine.optimizer
         if is_for(optimizer):
-            self._shares, self._measured = Shares(optimizer), iter(())
-            optimizer.reduce_gradients, optimizer.unscale_and_clip_grads = self._sum_and_clip, lambda *_: None
-            optimizer.get_grad_norm_direct = self._listen(lambda *_: next(self._measured))
+            self._shares, self._share = Shares(optimizer), torch.empty(0)
+            optimizer.reduce_gradients = self._sum_and_clip
+            optimizer.step = self._unless_bad(self._step_on_share)
         elif hasattr(optimizer, "get_grad_norm_direct"):
             direct, offloaded = optimizer.get_grad_norm_direct, optimizer.complete_grad_norm_calculation_for_cpu_offload
             optimizer.get_grad_norm_direct = self._listen(lambda grads, params: direct(_as_norms(grads), params))
@@ -123,17 +123,17 @@ class Gradients:
             tensor.mul_(scale)
 
     def _sum_and_clip(self, *_: Any, **__: Any) -> None:
-        """Stands where the reduction of stage 1 does; leaves each group's share as the gradient to step with."""
-        optimizer = self._engine.optimizer
-        share = self._shares.take_sums()
-        by_group = share.split(self._shares.sizes)
-        squares = torch.stack([square(own) for own in by_group])
+        """Stands where DeepSpeed's reduction of stage 1 does; keeps this rank's share, clipped."""
+        self._share = self._shares.take_sums()
+        squares = torch.stack([square(own) for own in self._share.split(self._shares.sizes)])
         dist.all_reduce(squares)  # of all groups at once
         norms = (squares.sqrt() / dist.get_world_size()).float()
-        share.mul_(self._scale(norms))
-        for i, own in enumerate(by_group):
-            optimizer.averaged_gradients[i] = [own]
-        self._measured = iter(torch.where(norms.isfinite(), norms, INVALID))
+        self._share.mul_(self._scale(norms))
+        self._norms = list(norms)
+
+    def _step_on_share(self, *_: Any) -> None:
+        share, self._share = self._share, torch.empty(0)
+        self._shares.step(share)
 
     def _scale(self, norms: Tensor) -> float:
         """What makes clipped means of sums, from the norms of the means."""

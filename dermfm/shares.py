@@ -1,12 +1,14 @@
-"""Gradients at ZeRO stage 1 in host memory: packed once by the rank that owns them, and each rank is sent its own only.
+"""ZeRO stage 1 in host memory: gradients packed once by the rank that owns them, and nothing sent that nobody needs.
 
 DeepSpeed's own way is made for GPUs: it copies every gradient into a bucket, sums whole buckets on all ranks (twice
-what a share needs), copies what a rank owns out of them and flattens that once more. On a CPU each pass over the
-gradients is a percent of a step, and so is each time that they travel.
+what a share needs), copies what a rank owns out of them and flattens that once more; gloo's all-gather of the updated
+weights copies them twice. On a CPU each pass over the gradients is a percent of a step, and so is each time that they
+travel. Layout, master weights, AdamW and checkpoints stay DeepSpeed's.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +38,7 @@ class Shares:
     """How DeepSpeed's optimizer of stage 1 divides its parameter groups among ranks. `sizes`: a share's, by group."""
 
     def __init__(self, optimizer: Any) -> None:
+        self._optimizer = optimizer
         self._groups = [list(group) for group in optimizer.bit16_groups]
         self.sizes = [int(size) for size in optimizer.partition_size]
         self._pieces: list[list[Piece]] = [[] for _ in range(dist.get_world_size())]
@@ -49,10 +52,9 @@ class Shares:
         Collective. In N − 1 rounds a rank sends each of the others what is theirs, so memory is needed for three shares
         and a rank sends (N − 1) / N of its gradients; the order of summation is fixed.
         """
-        rank, world = dist.get_rank(), dist.get_world_size()
+        rank = dist.get_rank()
         own: Tensor | None = None
-        for step in range(1, world):
-            to, source = (rank + step) % world, (rank - step) % world
+        for to, source in rounds():
             sent = self._pack(to)
             got = torch.empty_like(sent)
             pending = dist.batch_isend_irecv([dist.P2POp(dist.isend, sent, to), dist.P2POp(dist.irecv, got, source)])
@@ -66,8 +68,43 @@ class Shares:
                 parameter.grad = None
         return own
 
+    def step(self, gradients: Tensor) -> None:
+        """AdamW on this rank's share; then all ranks have all weights. Collective.
+
+        `gradients`: this rank's share, as `take_sums` gives it. A group travels while the next one is stepped.
+        """
+        optimizer, pending = self._optimizer, []
+        for i, gradient in enumerate(gradients.split(self.sizes)):
+            master = optimizer.single_partition_of_fp32_groups[i]
+            master.grad = gradient
+            optimizer._optimizer_step(i)
+            master.grad = None
+            shares = optimizer.bit16_groups_flat[i].split(self.sizes[i])
+            shares[dist.get_rank()].copy_(master.detach())
+            pending += exchange(shares, i)
+        for work in pending:
+            work.wait()
+
     def _pack(self, rank: int) -> Tensor:
         return torch.cat([piece.gradient() for piece in self._pieces[rank]])
+
+
+def rounds() -> list[tuple[int, int]]:
+    """(to, from): this rank's partners in each of N − 1 rounds, after which it has met all others both ways."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    return [((rank + step) % world, (rank - step) % world) for step in range(1, world)]
+
+
+def exchange(shares: Sequence[Tensor], tag: int) -> list[dist.Work]:
+    """Give this rank's tensor of `shares` to all others and get theirs, in place; what to wait for."""
+    own = shares[dist.get_rank()]
+    operations = []
+    for to, source in rounds():
+        operations += [
+            dist.P2POp(dist.isend, own, to, tag=tag),
+            dist.P2POp(dist.irecv, shares[source], source, tag=tag),
+        ]
+    return dist.batch_isend_irecv(operations) if operations else []
 
 
 def pieces_within(group: list[Tensor], flat: Tensor, start: int, stop: int) -> list[Piece]:
