@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,18 @@ from dermfm.writer import BackgroundWriter, install
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 UNIVERSAL_VERSION = 0.2  # of DeepSpeed's universal checkpoint; its converter asks for the entry at stages 1 and 2
 
+# What `zero.extra` cannot set, and the key that does: arithmetic of batches, schedule and resumption rest on it.
+OWNED = {
+    "train_batch_size": "contrastive_batch",
+    "train_micro_batch_size_per_gpu": "micro_batch",
+    "gradient_accumulation_steps": "contrastive_batch and micro_batch",
+    "managed_gradient_accumulation": "contrastive_batch and micro_batch",
+    "zero_optimization.stage": "zero.stage",
+    "bf16.enabled": "zero.precision",
+    "fp16.enabled": "zero.precision",
+    "scheduler": "optimizer.schedule",
+    "checkpoint.load_universal": "resume",
+}
 STALE_S = 1200.0  # after which a build of DeepSpeed's extension that wrote nothing counts as killed
 
 
@@ -51,6 +63,9 @@ class ZeroConfig:
         check_range("zero.gradient_clipping", self.gradient_clipping, 0)
         if self.bucket_elements is not None:
             check_range("zero.bucket_elements", self.bucket_elements, 1000)
+        for name, own in OWNED.items():
+            if _holds(self.extra, name):
+                raise ValueError(f"zero.extra.{name}: cannot be set here; {own} decides it")
         if self.overlap and self.stage < 2:
             # DeepSpeed's own limit: below stage 2 only with a boundary of its own, and we own the boundary.
             raise ValueError(f"zero.overlap: needs zero.stage 2 or 3, it is {self.stage}; leave it null")
@@ -58,6 +73,15 @@ class ZeroConfig:
             raise ValueError(f"zero.offload_parameters: needs zero.stage=3, it is {self.stage}")
         if self.offload_optimizer and self.stage == 0:
             raise ValueError("zero.offload_optimizer: needs zero.stage 1, 2 or 3, it is 0")
+
+
+def _holds(values: Any, name: str) -> bool:
+    """Whether nested dictionaries have an entry of this dotted name."""
+    for part in name.split("."):
+        if not isinstance(values, Mapping) or part not in values:
+            return False
+        values = values[part]
+    return True
 
 
 def deepspeed_json(

@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from dermfm import zero
 
 
@@ -53,6 +55,15 @@ def test_adamw_is_fused_where_its_states_lie_in_host_memory_and_over_all_tensors
         for where in (("cpu", False), ("cuda", False), ("cuda:1", True))
     }
     assert fused == {("cpu", False): True, ("cuda", False): False, ("cuda:1", True): True}
+
+
+@pytest.mark.parametrize("name", zero.OWNED)
+def test_extra_cannot_set_what_a_key_of_its_own_decides(name):
+    value: Any = 1
+    for part in reversed(name.split(".")):
+        value = {part: value}
+    with pytest.raises(ValueError, match=rf"zero\.extra\.{name}: cannot be set here; .* decides it"):
+        zero.ZeroConfig(extra=value)
 
 
 def test_what_stands_in_extra_overrides_what_is_chosen_here():
