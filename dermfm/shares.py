@@ -123,8 +123,9 @@ def pieces_within(group: list[Tensor], flat: Tensor, start: int, stop: int) -> l
 
 
 def is_for(optimizer: Any) -> bool:
-    """Whether this is DeepSpeed's optimizer of stage 1 over float32 parameters in host memory, not offloaded."""
-    if getattr(optimizer, "partition_gradients", True) or optimizer.cpu_offload:
+    """Whether this is DeepSpeed's optimizer of stage 1 over float32 parameters in host memory, not offloaded, whose
+    gradients lie at the parameters and travel in float32."""
+    if getattr(optimizer, "partition_gradients", True) or optimizer.cpu_offload or optimizer.use_grad_accum_attribute:
         return False
     plain = all(flat.dtype == torch.float32 and flat.device.type == "cpu" for flat in optimizer.bit16_groups_flat)
     return plain and optimizer.communication_data_type == torch.float32

@@ -25,6 +25,8 @@ from dermfm.writer import BackgroundWriter, install
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 UNIVERSAL_VERSION = 0.2  # of DeepSpeed's universal checkpoint; its converter asks for the entry at stages 1 and 2
 
+# With these, states come out in the wrong places on another number of ranks: the universal form does not know of them.
+UNRESUMABLE = ("round_robin_gradients",)
 # What `zero.extra` cannot set, and the key that does: arithmetic of batches, schedule and resumption rest on it.
 OWNED = {
     "train_batch_size": "contrastive_batch",
@@ -63,9 +65,7 @@ class ZeroConfig:
         check_range("zero.gradient_clipping", self.gradient_clipping, 0)
         if self.bucket_elements is not None:
             check_range("zero.bucket_elements", self.bucket_elements, 1000)
-        for name, own in OWNED.items():
-            if _holds(self.extra, name):
-                raise ValueError(f"zero.extra.{name}: cannot be set here; {own} decides it")
+        check_extra(self.extra, self.stage)
         if self.overlap and self.stage < 2:
             # DeepSpeed's own limit: below stage 2 only with a boundary of its own, and we own the boundary.
             raise ValueError(f"zero.overlap: needs zero.stage 2 or 3, it is {self.stage}; leave it null")
@@ -75,13 +75,31 @@ class ZeroConfig:
             raise ValueError("zero.offload_optimizer: needs zero.stage 1, 2 or 3, it is 0")
 
 
-def _holds(values: Any, name: str) -> bool:
-    """Whether nested dictionaries have an entry of this dotted name."""
-    for part in name.split("."):
-        if not isinstance(values, Mapping) or part not in values:
-            return False
-        values = values[part]
-    return True
+def check_extra(extra: Mapping[str, Any], stage: int) -> None:
+    """ValueError where `zero.extra` contradicts a key of ours, or asks for what resumption or this stage cannot do."""
+    for name in ("zero_optimization", "bf16", "fp16", "optimizer", "checkpoint", "data_types"):
+        if not isinstance(extra.get(name, {}), Mapping):
+            raise ValueError(
+                f"zero.extra.{name}: {extra[name]!r} is not valid; give keys of DeepSpeed's section {name}"
+            )
+    for name, own in OWNED.items():
+        section, _, entry = name.rpartition(".")
+        if entry in (extra.get(section, {}) if section else extra):
+            raise ValueError(f"zero.extra.{name}: cannot be set here; it follows from {own}")
+    zero = extra.get("zero_optimization", {})
+    for name in UNRESUMABLE:
+        if zero.get(name):
+            raise ValueError(
+                f"zero.extra.zero_optimization.{name}: a run with it could not go on with another number of ranks; "
+                "leave it out"
+            )
+    for name in ("offload_optimizer", "offload_param"):
+        if (zero.get(name) or {}).get("device") == "nvme" and stage != 3:
+            # DeepSpeed would keep it in CPU memory, without a word.
+            raise ValueError(
+                f"zero.extra.zero_optimization.{name}: nvme needs zero.stage=3, it is {stage}; below, "
+                "zero.offload_optimizer=true keeps the states in CPU memory"
+            )
 
 
 def deepspeed_json(
@@ -214,6 +232,14 @@ def initialize(model: nn.Module, groups: list[dict[str, Any]], settings: dict[st
         )
     except (AssertionError, ValueError) as error:
         raise InputError(f"zero: DeepSpeed refuses this configuration: {' '.join(str(error).split())}") from error
+    except RuntimeError as error:
+        if "Unable to JIT load" not in str(error):
+            raise
+        needed = " ".join(str(error).split())
+        raise InputError(
+            f"zero: this configuration needs a part of DeepSpeed that cannot be built here: {needed}; "
+            "NVMe needs libaio and its headers"
+        ) from error
     install(engine)
     engine._copy_recovery_script = lambda folder: None  # a program beside every checkpoint, which nobody calls
     return engine
