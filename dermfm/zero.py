@@ -25,8 +25,8 @@ from dermfm.writer import BackgroundWriter, install
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 UNIVERSAL_VERSION = 0.2  # of DeepSpeed's universal checkpoint; its converter asks for the entry at stages 1 and 2
 
-# With these, states come out in the wrong places on another number of ranks: the universal form does not know of them.
-UNRESUMABLE = ("round_robin_gradients",)
+# Layouts that DeepSpeed's universal form does not know: on another number of ranks it fails, or puts states elsewhere.
+UNRESUMABLE = ("round_robin_gradients", "elastic_checkpoint")
 # What `zero.extra` cannot set, and the key that does: arithmetic of batches, schedule and resumption rest on it.
 OWNED = {
     "train_batch_size": "contrastive_batch",
