@@ -230,7 +230,7 @@ def initialize(model: nn.Module, groups: list[dict[str, Any]], settings: dict[st
         engine, *_ = deepspeed.initialize(
             model=model, model_parameters=groups, config=settings, dist_init_required=False
         )
-    except (AssertionError, ValueError) as error:
+    except (AssertionError, ValueError, deepspeed.DeepSpeedConfigError) as error:
         raise InputError(f"zero: DeepSpeed refuses this configuration: {' '.join(str(error).split())}") from error
     except RuntimeError as error:
         if "Unable to JIT load" not in str(error):

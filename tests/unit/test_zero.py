@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
 from dermfm import zero
+from dermfm.config import InputError
 
 
 def test_deepspeed_builds_with_the_ninja_of_this_environment_whatever_stands_first_on_the_path(monkeypatch):
@@ -85,6 +87,16 @@ def test_nvme_is_refused_below_stage_3_where_deepspeed_would_take_host_memory_wi
     assert zero.ZeroConfig(stage=3, extra=extra).extra == extra
     with pytest.raises(ValueError, match=rf"{name}: nvme needs zero\.stage=3, it is {stage}"):
         zero.ZeroConfig(stage=stage, extra=extra)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"zero_optimization": {"nonsense": 1}}, {"zero_optimization": {"mics_shard_size": 2}}]
+)
+def test_what_deepspeed_refuses_is_bad_input_in_one_line(alone, wrong):
+    model = nn.Linear(2, 2)
+    groups = [{"params": list(model.parameters()), "lr": 0.1, "name": "heads"}]
+    with pytest.raises(InputError, match=r"zero: DeepSpeed refuses this configuration: [^\n]+$"):
+        zero.initialize(model, groups, settings_of("cpu", stage=3, extra=wrong), "cpu")
 
 
 def test_what_stands_in_extra_overrides_what_is_chosen_here():
