@@ -274,7 +274,7 @@ def measure(quick: bool) -> list[dict[str, Any]]:
                 "bare": bare(folder, 2, num_steps),
                 "stage 0": train(folder, num_steps, "ddp", stage=0),
                 "reading": train(folder, num_steps, "reading"),
-                "turns": in_turns(folder, num_steps),
+                "turns": in_turns(folder, num_steps // 2 + 2),
             }.items():
                 for what, value in told.items():
                     sides[f"{side}: {what}"].append(value)

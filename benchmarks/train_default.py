@@ -157,7 +157,7 @@ def measure(quick: bool) -> list[dict[str, Any]]:
         (folder / "shards").mkdir()
         make_shards(folder / "shards")
         beside = beside_ddp(folder, num_steps)
-        rate = in_turns(folder, num_steps)
+        rate = in_turns(folder, num_steps // 2 + 2)
     two, one, apart = rate["two ranks"], rate["one rank"], rate["two jobs"]
     told, same = beside["first loss"], [beside["ddp: first loss"], beside["ddp fused: first loss"]]
     if abs(told / statistics.mean(same) - 1) > TOLERANCE:

@@ -1,7 +1,8 @@
-"""Training jobs that take turns, a step at a time: what disturbs the machine disturbs all of them, so ratios stay.
+"""Training jobs that take turns, a few steps each: what disturbs the machine disturbs all of them, so ratios stay.
 
-`take_turns` starts jobs that each live through the whole measurement and lets some of them go for one step: one after
-another, or two at the same time. A job reads its batches from `own_turns`, which waits, without using a core, until it
+`take_turns` starts jobs that each live through the whole measurement and lets some of them go for three steps, of which
+the first, which finds the caches full of another job's memory, is not counted: one job after another, or two at the
+same time. A job reads its batches from `own_turns`, which waits, without using a core, until it
 is the job's turn.
 """
 
@@ -23,6 +24,7 @@ PATIENCE = datetime.timedelta(minutes=20)
 PAUSE_S = 0.05
 GO = "go"
 WARM_UP = 2  # rounds that are not counted
+STEPS = 3  # of a turn
 Start = Callable[[Mapping[str, str]], None]
 
 
@@ -30,8 +32,8 @@ def take_turns(jobs: Mapping[str, Start], turns: Sequence[Sequence[str]], rounds
     """Seconds of the steps by (job, place of the turn in `turns`), of all rounds but the first two.
 
     `jobs`: name → what starts the job with these variables in its environment and returns at its end. In each round
-    every entry of `turns` comes once: the jobs that it names take one step, at the same time. A job ends after its last
-    step and no sooner than all others. Raises what a job that fails does.
+    every entry of `turns` comes once: the jobs that it names take their steps, at the same time. A job ends after its
+    last step and no sooner than all others. Raises what a job that fails does.
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=PATIENCE)
     told = {"port": store.port, "turns": [list(turn) for turn in turns], "rounds": rounds}
@@ -58,7 +60,7 @@ def take_turns(jobs: Mapping[str, Start], turns: Sequence[Sequence[str]], rounds
 
 
 def own_turns(batch: Any) -> Iterator[Any]:
-    """`batch` again and again, by a rank of a job in its turns; the first rank tells how long each step took.
+    """`batch` again and again, by a rank of a job in its turns; the first rank tells how long the steps took.
 
     A step is all that the job does between two batches.
     """
@@ -73,16 +75,18 @@ def own_turns(batch: Any) -> Iterator[Any]:
             if (word := store.get(f"go/{number}").decode()) != GO:  # it waits for the word
                 raise RuntimeError(word)
             dist.barrier()
-            began = time.perf_counter()
             yield batch
+            began = time.perf_counter()
+            for _ in range(STEPS - 1):
+                yield batch
             if dist.get_rank() == 0:
-                store.set(f"done/{number}/{name}", str(time.perf_counter() - began))
+                store.set(f"done/{number}/{name}", str((time.perf_counter() - began) / (STEPS - 1)))
     store.wait(["end"])
 
 
 def steps_of(name: str, turns: Sequence[Sequence[str]], rounds: int) -> int:
     """How many steps a job takes."""
-    return rounds * sum(name in turn for turn in turns)
+    return STEPS * rounds * sum(name in turn for turn in turns)
 
 
 def _wait_for(store: Any, names: list[str], running: Sequence[Future[None]]) -> None:
