@@ -5,10 +5,11 @@
 Every rank has one thread, pinned to a core; figures are medians over steps. `dermfm train` is the real job, with its
 agreement, guards, logging and checkpoints. The bare loops have the same model, world, batch, objectives (contrast and
 image classification), parameter groups, AdamW and clipping: one over torch's DDP, which holds all states on every rank
-as ZeRO stage 0 does, and one over DeepSpeed's engine at stage 1 with the job's own settings and nothing else, so that
-one sees which part of a difference is DeepSpeed's. DDP takes its steps in turn with the job's, in its processes, over
-the same batch, which waits in memory, and then in turn with DeepSpeed's; what reading, decoding and augmenting cost on
-the same cores is a line of its own. The other lines compare runs of the job with each other, one after another.
+as ZeRO stage 0 does, and one over DeepSpeed's engine at stage 1 with nothing else, whose own buckets the job replaces.
+DDP takes its steps in turn with the job's, in its processes, over the same batch, which waits in memory, and then in
+turn with DeepSpeed's; what reading, decoding and augmenting cost on the same cores is a line of its own. Two ranks, one
+rank, two jobs of one rank at the same time and grad cache take their steps in turn, too. Two jobs need not talk: what
+they lose to each other is the machine's (its memory, its caches), and no job of two ranks can be faster than they are.
 """
 
 from __future__ import annotations
@@ -17,13 +18,10 @@ import argparse
 import collections
 import io
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +35,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from benchmarks.shared.figures import figure, show
+from benchmarks.shared.jobs import InTurn, Step, in_turn_with, over_batches, pin, run
+from benchmarks.shared.turns import own_turns, steps_of, take_turns
 from cluster.process import close_group, from_environment, start_group
 from dermfm import losses, zero
 from dermfm.config import from_dict
@@ -47,7 +47,6 @@ from dermfm.simulate import blank_batch
 from shards.manifest import write_manifest
 from shards.writer import write_shard
 
-ROOT = Path(__file__).resolve().parents[1]
 SIZE, TOKENS, NUM_SAMPLES = 128, 32, 512
 OWN = 16  # samples of a rank and step
 EPOCH = 10_000  # samples between checkpoints that the stall's share is told for: the default is one epoch
@@ -58,8 +57,7 @@ MODEL: dict[str, Any] = {
     "embed_dim": 128,
 }
 OBJECTIVES = {"matching": 0.0, "classify_text": 0.0, "classify_fused": 0.0}
-Step = Callable[[Batch], Tensor]
-RANKS = "import sys; from cluster.local import run_ranks; sys.exit(run_ranks(sys.argv[2:], int(sys.argv[1])))"
+TURNS = [["two ranks"], ["one rank"], ["one rank", "another"], ["grad cache"]]
 
 
 def note(number: int) -> str:
@@ -82,14 +80,6 @@ def make_shards(folder: Path) -> None:
         samples.append({"__key__": f"r{i:06d}", "jpg": encoded.getvalue(), "json": json.dumps(fields).encode()})
     info = write_shard(folder, "train-00000.tar", "train", samples)
     write_manifest(folder, [info], {"strategies": {"template": NUM_SAMPLES}})
-
-
-def pin() -> None:
-    """One thread on one core of its own, as far as the machine has them: by rank, from FIRST_CORE on."""
-    cores = sorted(os.sched_getaffinity(0))
-    own = int(os.environ.get("RANK", 0)) + int(os.environ.get("FIRST_CORE", 0))
-    os.sched_setaffinity(0, {cores[own % len(cores)]})
-    torch.set_num_threads(1)
 
 
 def loss_of(call: Any, batch: Batch) -> Tensor:
@@ -160,10 +150,11 @@ def ddp_step(module: Any, fused: bool) -> Step:
 
 
 def deepspeed_step(model: DermFM) -> Step:
-    """One step of DeepSpeed's engine with the job's settings, stage 1."""
+    """One step of DeepSpeed's engine, stage 1: the job's settings, but DeepSpeed's own buckets."""
     config, world = OptimizerConfig(), dist.get_world_size()
+    buckets = {"zero_optimization": {"contiguous_gradients": True}}
     settings = zero.deepspeed_json(
-        zero.ZeroConfig(), micro_batch=OWN, num_micro=1, world=world, device="cpu",
+        zero.ZeroConfig(extra=buckets), micro_batch=OWN, num_micro=1, world=world, device="cpu",
         optimizer={"lr": config.lr, "betas": list(config.betas), "eps": config.eps},
         num_learning=sum(p.numel() for p in model.parameters() if p.requires_grad),
         num_parameters=sum(p.numel() for p in model.parameters()),
@@ -186,54 +177,9 @@ BARE: dict[str, Callable[[], Step]] = {
 }
 
 
-class InTurn:
-    """Batches for `dermfm train` that run a step of each bare loop between its own: what disturbs one disturbs all.
-
-    A step of the job is all that it does between two batches, its agreement, guards and logging included.
-    """
-
-    def __init__(self, loops: dict[str, Callable[[], Step]], batch: Callable[[Any], Batch], out: str) -> None:
-        self._loops, self._batch, self._out = loops, batch, Path(out)
-        self.times: dict[str, list[float]] = {name: [] for name in ("ours", *loops)}
-        self.losses: dict[str, list[float]] = {name: [] for name in loops}
-        self._samples = 0
-
-    def batches(self, config: Any, model: DermFM, *rest: Any) -> Iterator[Batch]:
-        """Stands where the job's reading, decoding and augmenting do."""
-        batch = self._batch(model.tokenizer)
-        self._samples = len(batch) * dist.get_world_size()
-        steps = {name: made() for name, made in self._loops.items()}
-        while True:
-            for name, step in steps.items():
-                self._timed(name, lambda step=step: step(batch))
-            dist.barrier()
-            began = time.perf_counter()
-            yield batch
-            self.times["ours"].append(time.perf_counter() - began)
-
-    def _timed(self, name: str, step: Callable[[], Tensor]) -> None:
-        dist.barrier()
-        began = time.perf_counter()
-        loss = step()
-        self.times[name].append(time.perf_counter() - began)
-        self.losses[name].append(loss.item())
-
-    def write(self) -> None:
-        """samples/s of all ranks by side: medians over steps but the first two, which warm up; each loop's first loss.
-
-        SystemExit where the bare loops have come to other losses: then they were not the same work.
-        """
-        last = {name: losses[-1] for name, losses in self.losses.items()}
-        if any(abs(loss / last["ddp"] - 1) > 1e-3 for loss in last.values()):
-            raise SystemExit(f"the loops do not compute the same: losses {last}")
-        told = {name: self._samples / statistics.median(own[2:]) for name, own in self.times.items() if own[2:]}
-        told |= {f"{name}: first loss": losses[0] for name, losses in self.losses.items()}
-        self._out.write_text(json.dumps(told))
-
-
 def train_rank(bare: str, out: str, arguments: list[str]) -> int:
-    """A rank of `dermfm train`, pinned. `bare`: names of the bare loops in turn with it, or `reading`: none, and the
-    job reads its own batches."""
+    """A rank of `dermfm train`, pinned. `bare`: names of the bare loops in turn with it; `reading`: none, and the job
+    reads its own batches; `turns`: none, and it takes its steps when it is told to."""
     import dermfm.train as job
     from launch.cli import main as dermfm_main
 
@@ -241,19 +187,9 @@ def train_rank(bare: str, out: str, arguments: list[str]) -> int:
     setattr(job, "DermFM", only_read)  # noqa: B010
     if bare == "reading":
         return dermfm_main(["train", *arguments])
+    if bare == "turns":
+        return over_batches(lambda config, model, *rest: own_turns(waiting_batch(model.tokenizer)), arguments)
     return in_turn_with(InTurn({name: BARE[name] for name in bare.split(",") if name}, waiting_batch, out), arguments)
-
-
-def in_turn_with(sides: InTurn, arguments: list[str]) -> int:
-    """`dermfm train` over the batches of `sides`; the first rank writes what they have measured."""
-    import dermfm.train as job
-    from launch.cli import main as dermfm_main
-
-    setattr(job, "_batches", sides.batches)  # noqa: B010, its signature is wider
-    code = dermfm_main(["train", *arguments])
-    if code == 0 and os.environ["RANK"] == "0":
-        sides.write()
-    return code
 
 
 def bare_rank(num_steps: int, out: str) -> None:
@@ -270,27 +206,14 @@ def bare_rank(num_steps: int, out: str) -> None:
     close_group()
 
 
-def run(world: int, *arguments: str, script: str = __file__, first_core: int = 0) -> None:
-    """A script, this one unless named, as `world` ranks."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
-    environment["FIRST_CORE"] = str(first_core)
-    command = [sys.executable, "-c", RANKS, str(world), sys.executable, script, *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{arguments[0]} failed:\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}")
-
-
 def bare(folder: Path, world: int, num_steps: int) -> dict[str, float]:
     """samples/s of the bare loops."""
-    run(world, "bare", str(num_steps), str(folder / "bare.json"))
+    run(__file__, world, "bare", str(num_steps), str(folder / "bare.json"))
     return json.loads((folder / "bare.json").read_text())
 
 
-def train(
-    folder: Path, world: int, num_steps: int, micro: int = OWN, stage: int = 1, bare: str = ""
-) -> dict[str, float]:
-    """samples/s of `dermfm train` (`ours`) and of the bare loops named in `bare`, and `stall`: checkpoint_s of its last
-    line. `bare`: see `train_rank`."""
+def configure(folder: Path, world: int, num_steps: int, micro: int = OWN, stage: int = 1) -> Path:
+    """A new folder with the train.yaml of a run."""
     out = Path(tempfile.mkdtemp(dir=folder))
     config = {
         "run": str(out / "run"), "shards": str(folder / "shards"), "model": MODEL, "objectives": OBJECTIVES,
@@ -298,14 +221,43 @@ def train(
         "checkpoint_every": 10**9, "log_every": 10, "threads": 1, "device": "cpu", "zero": {"stage": stage},
     }  # fmt: skip
     (out / "train.yaml").write_text(json.dumps(config))  # JSON is YAML
-    run(world, "train", bare, str(out / "rates.json"), str(out / "train.yaml"))
+    return out
+
+
+def train(folder: Path, num_steps: int, bare: str, stage: int = 1) -> dict[str, float]:
+    """samples/s of `dermfm train` on two ranks (`ours`) and of the bare loops named in `bare`, and `stall`:
+    checkpoint_s of its last line. `bare`: see `train_rank`."""
+    out = configure(folder, 2, num_steps, stage=stage)
+    run(__file__, 2, "train", bare, str(out / "rates.json"), str(out / "train.yaml"))
     rows = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text().splitlines()]
     stall = max((row["checkpoint_s"] for row in rows if "checkpoint_s" in row), default=0.0)
     if bare != "reading":
         return {**json.loads((out / "rates.json").read_text()), "stall": stall}
     # A log line tells the steps since the one before it; the first step, which warms up, has a line of its own.
     steps = [row["step_s_p50"] for row in rows if row["step"] > 1]
-    return {"ours": OWN * world / statistics.median(steps), "stall": stall}
+    return {"ours": OWN * 2 / statistics.median(steps), "stall": stall}
+
+
+def in_turns(folder: Path, rounds: int) -> dict[str, float]:
+    """samples/s of jobs that take turns: `two ranks`, `one rank`, `two jobs` of one rank at once, and `grad cache`."""
+
+    def job(name: str, world: int, micro: int = OWN, first_core: int = 0) -> Callable[[Mapping[str, str]], None]:
+        config = str(configure(folder, world, steps_of(name, TURNS, rounds), micro) / "train.yaml")
+        return lambda told: run(__file__, world, "train", "turns", "", config, first_core=first_core, told=told)
+
+    jobs = {
+        "two ranks": job("two ranks", 2),
+        "one rank": job("one rank", 1),
+        "another": job("another", 1, first_core=1),
+        "grad cache": job("grad cache", 2, micro=OWN // 4),
+    }
+    seconds = {where: statistics.median(told) for where, told in take_turns(jobs, TURNS, rounds).items()}
+    return {
+        "two ranks": 2 * OWN / seconds["two ranks", 0],
+        "one rank": OWN / seconds["one rank", 1],
+        "two jobs": OWN / seconds["one rank", 2] + OWN / seconds["another", 2],
+        "grad cache": 2 * OWN / seconds["grad cache", 3],
+    }
 
 
 def measure(quick: bool) -> list[dict[str, Any]]:
@@ -318,18 +270,20 @@ def measure(quick: bool) -> list[dict[str, Any]]:
         make_shards(folder / "shards")
         for _ in range(rounds):
             for side, told in {
-                "stage 1": train(folder, 2, num_steps, bare="ddp"),
+                "stage 1": train(folder, num_steps, "ddp"),
                 "bare": bare(folder, 2, num_steps),
-                "stage 0": train(folder, 2, num_steps, stage=0, bare="ddp"),
-                "alone": train(folder, 2, num_steps),
-                "reading": train(folder, 2, num_steps, bare="reading"),
-                "grad cache": train(folder, 2, num_steps, micro=OWN // 4),
-                "one rank": train(folder, 1, num_steps),
+                "stage 0": train(folder, num_steps, "ddp", stage=0),
+                "reading": train(folder, num_steps, "reading"),
+                "turns": in_turns(folder, num_steps // 2 + 2),
             }.items():
                 for what, value in told.items():
                     sides[f"{side}: {what}"].append(value)
-    rate = {name: statistics.median(values) for name, values in sides.items()}
-    ours, ddp, alone = rate["stage 1: ours"], rate["stage 1: ddp"], rate["alone: ours"]
+    return figures({name: statistics.median(values) for name, values in sides.items()})
+
+
+def figures(rate: dict[str, float]) -> list[dict[str, Any]]:
+    """Rows of the common form from each side's samples/s."""
+    ours, ddp, two, one = (rate[n] for n in ("stage 1: ours", "stage 1: ddp", "turns: two ranks", "turns: one rank"))
     # The bare loops among each other, on the scale of the one that the job was measured with.
     deepspeed, fused = (ddp * rate[f"bare: {name}"] / rate["bare: ddp"] for name in ("deepspeed", "ddp fused"))
     unit = "samples/s"
@@ -339,10 +293,11 @@ def measure(quick: bool) -> list[dict[str, Any]]:
         figure("train, stage 1 / bare DeepSpeed, stage 1", ours, deepspeed, unit, 0.95),
         figure("bare DeepSpeed, stage 1 / bare DDP", deepspeed, ddp, unit, None),
         figure("train, stage 1 / bare DDP, fused AdamW", ours, fused, unit, None),
-        figure("train that reads and decodes / in memory", rate["reading: ours"], alone, unit, None),
-        figure("grad cache, 4 micro-batches / one", rate["grad cache: ours"], alone, unit, 0.6),
-        figure(f"checkpoint stall / {EPOCH} samples", rate["alone: stall"], EPOCH / alone, "s", 0.02, better="lower"),
-        figure("2 ranks, 2 cores / twice 1 rank, 1 core", alone, 2 * rate["one rank: ours"], unit, 0.9),
+        figure("train that reads and decodes / in memory", rate["reading: ours"], two, unit, None),
+        figure("grad cache, 4 micro-batches / one", rate["turns: grad cache"], two, unit, 0.6),
+        figure(f"checkpoint stall / {EPOCH} samples", rate["reading: stall"], EPOCH / two, "s", 0.02, better="lower"),
+        figure("2 ranks, 2 cores / twice 1 rank, 1 core", two, 2 * one, unit, 0.9),
+        figure("2 jobs of 1 rank at once / twice 1 alone", rate["turns: two jobs"], 2 * one, unit, None),
     ]
 
 
@@ -355,8 +310,7 @@ def main() -> int:
         return train_rank(sys.argv[2], sys.argv[3], sys.argv[4:])
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--quick", action="store_true", help="fewer steps and one round")
-    rows = measure(parser.parse_args().quick)
-    show(rows)
+    show(measure(parser.parse_args().quick))
     return 0
 
 

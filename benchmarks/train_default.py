@@ -5,8 +5,9 @@
 `benchmarks/train.py` has a tiny model, in which whatever a step costs beside the model shows; this is the same
 comparison with `configs/train/cpu.yaml`: two pretrained towers, all its default objectives (contrast, matching with
 mined notes, three classifications), its contrastive batch on two ranks, one micro-batch. The bare loop computes the
-same losses over the same batch in memory, and their steps take turns. Then the job alone, on two cores and on one, and
-twice at once, a core each: that is what the machine leaves of two cores' speed to ranks that need not talk.
+same losses over the same batch in memory, and their steps take turns. So do then those of the job on two cores, of one
+rank of it, and of two jobs of one rank at the same time, a core each: that is what the machine leaves of the speed of
+two cores to ranks that need not talk.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import json
 import statistics
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.shared.figures import figure, show
-from benchmarks.train import NUM_SAMPLES, ROOT, InTurn, ddp_step, in_turn_with, make_shards, note, pin, run
+from benchmarks.shared.jobs import ROOT, InTurn, in_turn_with, over_batches, pin, run
+from benchmarks.shared.turns import own_turns, steps_of, take_turns
+from benchmarks.train import NUM_SAMPLES, ddp_step, make_shards, note
 from dermfm import losses
 from dermfm.config import load
 from dermfm.model.dermfm import DermFM
@@ -36,6 +39,7 @@ from dermfm.plan import TrainConfig
 from dermfm.samples import Batch, tokenize
 from dermfm.simulate import blank_batch
 
+TURNS = [["two ranks"], ["one rank"], ["one rank", "another"]]
 CONFIG = ROOT / "configs" / "train" / "cpu.yaml"
 TOLERANCE = 0.02  # of the first losses: each side draws the notes that its images are not to match
 
@@ -99,46 +103,62 @@ def waiting_batch(tokenizer: Any) -> Batch:
 
 
 def rank(bare: str, out: str, arguments: list[str]) -> int:
-    """A rank of `dermfm train`, with the bare loop in turn where `bare` is not empty."""
+    """A rank of `dermfm train`, with the bare loops named in `bare` in turn, or, `turns`, when it is told to."""
     pin()
     loops = {
         "ddp": lambda: ddp_step(Objectives(), fused=False),
         "ddp fused": lambda: ddp_step(Objectives(), fused=True),
     }
-    return in_turn_with(InTurn({name: loops[name] for name in bare.split(",") if name}, waiting_batch, out), arguments)
+    if bare == "turns":
+        return over_batches(lambda config, model, *rest: own_turns(waiting_batch(model.tokenizer)), arguments)
+    return in_turn_with(InTurn({name: loops[name] for name in bare.split(",")}, waiting_batch, out), arguments)
 
 
-def train(folder: Path, world: int, num_steps: int, bare: str, first_core: int = 0) -> dict[str, float]:
-    """samples/s of `dermfm train` (`ours`) and of the bare loops in turn with it, and everyone's first loss."""
-    out = Path(tempfile.mkdtemp(dir=folder))
+def configure(folder: Path, world: int, num_steps: int) -> list[str]:
+    """A run directory, and the arguments of a run there."""
     batch = configuration().contrastive_batch // 2 * world
-    arguments = [
-        f"run={out / 'run'}", f"shards={folder / 'shards'}", f"epochs={num_steps * batch / NUM_SAMPLES}",
-        f"contrastive_batch={batch}", "checkpoint_every=1000000000", "validation.every=-1", "threads=1", "device=cpu",
-        "balance=0",  # the batch waits in memory
+    return [
+        str(CONFIG), f"run={tempfile.mkdtemp(dir=folder)}", f"shards={folder / 'shards'}",
+        f"epochs={num_steps * batch / NUM_SAMPLES}", f"contrastive_batch={batch}", "checkpoint_every=1000000000",
+        "validation.every=-1", "threads=1", "device=cpu", "balance=0",  # the batch waits in memory
     ]  # fmt: skip
-    told = ["rank", bare, str(out / "rates.json"), str(CONFIG), *arguments]
-    run(world, *told, script=__file__, first_core=first_core)
-    rows = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text().splitlines()]
-    return {**json.loads((out / "rates.json").read_text()), "first loss": rows[0]["loss"]}
 
 
-def side_by_side(folder: Path, num_steps: int) -> float:
-    """samples/s of two jobs of one rank together, at the same time, a core each: what the cores allow without talk."""
-    with ThreadPoolExecutor(2) as pool:
-        return sum(pool.map(lambda core: train(folder, 1, num_steps, "", core)["ours"], (0, 1)))
+def beside_ddp(folder: Path, num_steps: int) -> dict[str, float]:
+    """samples/s of `dermfm train` (`ours`) and of the bare loops in turn with it, and everyone's first loss."""
+    out, arguments = folder / "rates.json", configure(folder, 2, num_steps)
+    run(__file__, 2, "rank", "ddp,ddp fused", str(out), *arguments)
+    rows = (Path(arguments[1].removeprefix("run=")) / "metrics.jsonl").read_text().splitlines()
+    return {**json.loads(out.read_text()), "first loss": json.loads(rows[0])["loss"]}
+
+
+def in_turns(folder: Path, rounds: int) -> dict[str, float]:
+    """samples/s of jobs that take turns: `two ranks`, `one rank`, and `two jobs` of one rank at once, a core each."""
+
+    def job(name: str, world: int, first_core: int = 0) -> Callable[[Mapping[str, str]], None]:
+        arguments = configure(folder, world, steps_of(name, TURNS, rounds))
+        return lambda told: run(__file__, world, "rank", "turns", "", *arguments, first_core=first_core, told=told)
+
+    jobs = {"two ranks": job("two ranks", 2), "one rank": job("one rank", 1), "another": job("another", 1, 1)}
+    seconds = {where: statistics.median(told) for where, told in take_turns(jobs, TURNS, rounds).items()}
+    own = configuration().contrastive_batch // 2
+    return {
+        "two ranks": 2 * own / seconds["two ranks", 0],
+        "one rank": own / seconds["one rank", 1],
+        "two jobs": own / seconds["one rank", 2] + own / seconds["another", 2],
+    }
 
 
 def measure(quick: bool) -> list[dict[str, Any]]:
     """All figures, as rows of the benchmarks' common form."""
-    num_steps = 4 if quick else 10
+    num_steps = 5 if quick else 10
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "shards").mkdir()
         make_shards(folder / "shards")
-        beside = train(folder, 2, num_steps, "ddp,ddp fused")
-        two, one = (train(folder, world, num_steps, "")["ours"] for world in (2, 1))
-        apart = side_by_side(folder, num_steps)
+        beside = beside_ddp(folder, num_steps)
+        rate = in_turns(folder, num_steps // 2 + 2)
+    two, one, apart = rate["two ranks"], rate["one rank"], rate["two jobs"]
     told, same = beside["first loss"], [beside["ddp: first loss"], beside["ddp fused: first loss"]]
     if abs(told / statistics.mean(same) - 1) > TOLERANCE:
         raise SystemExit(f"the job and the loop do not compute the same: first losses {told} and {same}")

@@ -17,8 +17,7 @@ import numpy as np
 import torch
 
 KEPT = 3  # pieces of one size that wait for their next use: what a loader has in hand; more go back to the system
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-LARGEST = 32 << 20  # bytes that glibc takes from its own heap at most
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 _waiting: defaultdict[int, deque[np.ndarray]] = defaultdict(partial(deque, maxlen=KEPT))
 
 
@@ -35,11 +34,12 @@ def take(*shape: int) -> torch.Tensor:
 
 
 def keep_freed() -> None:
-    """Let this process keep what it frees, in pieces of up to 32 MB, for what it asks for next. glibc only.
+    """Let this process keep what it frees, of any size, for what it asks for next. glibc only.
 
-    Gradients, buckets and activations of a step on a CPU are freed and asked for again in the next one.
+    Gradients, shares and activations of a step on a CPU are freed and asked for again in the next one: a CNN's maps at
+    a micro-batch of 32 are 80 MB each, and to be given 20,000 empty pages takes longer than to fill them.
     """
     with contextlib.suppress(OSError, AttributeError):  # another C library
         library = ctypes.CDLL(None)
-        library.mallopt(M_MMAP_THRESHOLD, LARGEST)
+        library.mallopt(M_MMAP_MAX, 0)  # nothing lies outside of the heap, where what is freed would be given back
         library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

@@ -2,9 +2,10 @@
 
 DeepSpeed computes one norm a parameter group at stages 1 to 3, all-reduces it, and skips the step (and clears every
 gradient that it holds) where one is not finite. This listens to those norms, so they cost nothing more, and can ask for
-the same skip. At stage 0 there is no such place: in float32 the gradients are averaged, measured and clipped here, one
-flat tensor a parameter group; DeepSpeed would copy them twice and read them three times more. In other precisions norms
-are taken of what it has averaged.
+the same skip. At stage 1 in float32 in host memory the step is `dermfm.shares`', and gradients are measured and clipped
+here. At stage 0 there is no place to listen: in float32 they are averaged, measured and clipped here, too, one flat
+tensor a parameter group; DeepSpeed would copy them twice and read them three times more. In other precisions norms are
+taken of what it has averaged.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from dermfm.shares import Shares, is_for, square
 
 INVALID = -1.0  # DeepSpeed's mark of a norm that is not finite
 
@@ -41,7 +44,11 @@ class Gradients:
         self._engine, self._discard = engine, False
         self._norms: list[Tensor] = []
         optimizer = engine.optimizer
-        if hasattr(optimizer, "get_grad_norm_direct"):
+        if is_for(optimizer):
+            self._shares, self._share = Shares(optimizer), torch.empty(0)
+            optimizer.reduce_gradients = self._sum_and_clip
+            optimizer.step = self._unless_bad(self._step_on_share)
+        elif hasattr(optimizer, "get_grad_norm_direct"):
             direct, offloaded = optimizer.get_grad_norm_direct, optimizer.complete_grad_norm_calculation_for_cpu_offload
             optimizer.get_grad_norm_direct = self._listen(lambda grads, params: direct(_as_norms(grads), params))
             optimizer.complete_grad_norm_calculation_for_cpu_offload = self._listen(offloaded)
@@ -110,12 +117,29 @@ class Gradients:
         flat = [_flat_gradients(group["params"]) for group in self._engine.optimizer.param_groups]
         for sent in [dist.all_reduce(tensor, async_op=True) for tensor in flat]:
             sent.wait()
-        world, limit = dist.get_world_size(), self._engine.gradient_clipping()
-        self._norms = [torch.linalg.vector_norm(tensor) / world for tensor in flat]
-        total = torch.linalg.vector_norm(torch.stack(self._norms))
-        scale = (limit / (total + 1e-6)).clamp(max=1.0) / world if limit else 1 / world
+        self._norms = [torch.linalg.vector_norm(tensor) / dist.get_world_size() for tensor in flat]
+        scale = self._scale(torch.stack(self._norms))
         for tensor in flat:
             tensor.mul_(scale)
+
+    def _sum_and_clip(self, *_: Any, **__: Any) -> None:
+        """Stands where DeepSpeed's reduction of stage 1 does; keeps this rank's share, clipped."""
+        self._share = self._shares.take_sums()
+        squares = torch.stack([square(own) for own in self._share.split(self._shares.sizes)])
+        dist.all_reduce(squares)  # of all groups at once
+        norms = (squares.sqrt() / dist.get_world_size()).float()
+        self._share.mul_(self._scale(norms))
+        self._norms = list(norms)
+
+    def _step_on_share(self, *_: Any) -> None:
+        share, self._share = self._share, torch.empty(0)
+        self._shares.step(share)
+
+    def _scale(self, norms: Tensor) -> float:
+        """What makes clipped means of sums, from the norms of the means."""
+        limit, world = self._engine.gradient_clipping(), dist.get_world_size()
+        total = float(torch.linalg.vector_norm(norms))
+        return min(limit / (total + 1e-6), 1.0) / world if limit else 1 / world
 
     def _unless_bad(self, step: Callable[..., Any]) -> Callable[..., Any]:
         def stepped(*arguments: Any, **named: Any) -> Any:

@@ -16,9 +16,11 @@ elements whole, which matters for small models only.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+TOGETHER = 4  # micro-batches that grad cache passes forward at a time for their features, of which nothing is kept
 MOMENTS, MASTER = 8, 4  # bytes a parameter of AdamW's two float32 moments, and of the float32 copy
 FORMULA = {
     0: "{p}Ψ + {p}Ψ + {k}Ψ",
@@ -145,15 +147,18 @@ def communication(
 ) -> dict[str, float]:
     """Bytes that a rank sends in one optimizer step, by what for, in ring algorithms ((N − 1) / N of the data each).
 
-    Gradients are reduced once a step below stage 2, and after every micro-batch from there on. Stage 3 gathers the
-    parameters for every pass: forward and backward, and once more where micro-batches are passed twice (grad cache).
+    Gradients are reduced once a step below stage 2, and after every micro-batch from there on; DeepSpeed scatters them
+    at stage 3 only and sums whole buckets on all ranks below (in float32 on CPUs `dermfm.shares` scatters at stage 1,
+    too). Stage 3 gathers the parameters for every pass: forward and backward, and where micro-batches are passed twice
+    (grad cache) once more for every `TOGETHER` of them.
     `row_bytes`: of one sample, beside its features: hashes, labels, note tokens where others read them.
     """
     ring = (how.world - 1) / how.world
     gradients = trainable * how.element * (num_micro if how.stage >= 2 else 1)
-    if how.stage == 0:
+    if how.stage < 3:
         gradients *= 2  # an all-reduce is a reduce-scatter and an all-gather
-    gathers = {0: 0, 1: 1, 2: 1}.get(how.stage, num_micro * (3 if num_micro > 1 else 2))
+    passes = 2 * num_micro + (math.ceil(num_micro / TOGETHER) if num_micro > 1 else 0)
+    gathers = {0: 0, 1: 1, 2: 1}.get(how.stage, passes)
     parameters = (total if how.stage == 3 else trainable) * how.element * gathers
     features = 2 * batch * embed_dim * 4 * 3  # two kinds, gathered forward, all-reduced backward
     return {

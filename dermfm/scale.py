@@ -98,7 +98,7 @@ def measure(config: TrainConfig, world: int, p: Plan) -> Sizes:
     tokens, size = config.model.text.max_tokens, config.model.image.size
     model = simulate.build(config.model, config.zero.precision, prepare)
     with simulate.fake_group(1), lean.kept(config.zero.stage == 3):
-        count = min(p.num_micro, 2) * p.micro_batch
+        count = min(p.num_micro, memory.TOGETHER) * p.micro_batch  # as many as any pass has
         traced = simulate.trace_step(model, config.objectives, count, p.micro_batch, tokens, size)
     with simulate.fake_group(world):
         rows = config.contrastive_batch // world

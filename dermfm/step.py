@@ -1,9 +1,10 @@
 """One optimizer step over one contrastive batch: grad cache over micro-batches, every loss divided by global counts.
 
-The features of all micro-batches are computed first (without gradient if there is more than one), the contrastive loss
-over the features of all ranks gives their gradients, and a second pass carries these back together with the losses
-that need no other sample (see the table in `dermfm.objectives`). So the negatives of a step do not depend on the number
-of ranks or on the micro-batch (Gao et al. 2021, arXiv 2101.06983).
+The features of all micro-batches are computed first; if there is more than one, without gradient and several of them
+at a time, which is faster and still needs less memory than a pass whose activations are kept. The contrastive loss over
+the features of all ranks gives their gradients, and a second pass carries these back together with the losses that need
+no other sample (see the table in `dermfm.objectives`). So the negatives of a step do not depend on the number of ranks
+or on the micro-batch (Gao et al. 2021, arXiv 2101.06983).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dermfm import losses
+from dermfm.memory import TOGETHER
 from dermfm.objectives import OBJECTIVES, ObjectiveConfig, Pass, noted
 from dermfm.samples import Batch
 
@@ -41,7 +43,7 @@ def optimizer_step(engine: Any, batch: Batch, micro_batch: int, objectives: Obje
     if objectives.compares:
         everyone = _everyone(batch, with_tokens=bool(objectives.matching))
         with torch.set_grad_enabled(bool(kept)):
-            features = _features(kept or _passes(engine, batch, micro_batch, objectives))
+            features = _features(kept or _passes(engine, batch, TOGETHER * micro_batch, objectives))
         _contrast(features, everyone, objectives, cached, sums)
         _mine(features, everyone, objectives, cached)
     counts = _global_counts(batch, cached, objectives)

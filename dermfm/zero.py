@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,20 @@ from dermfm.writer import BackgroundWriter, install
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 UNIVERSAL_VERSION = 0.2  # of DeepSpeed's universal checkpoint; its converter asks for the entry at stages 1 and 2
 
+# Layouts that DeepSpeed's universal form does not know: on another number of ranks it fails, or puts states elsewhere.
+UNRESUMABLE = ("round_robin_gradients", "elastic_checkpoint")
+# What `zero.extra` cannot set, and the key that does: arithmetic of batches, schedule and resumption rest on it.
+OWNED = {
+    "train_batch_size": "contrastive_batch",
+    "train_micro_batch_size_per_gpu": "micro_batch",
+    "gradient_accumulation_steps": "contrastive_batch and micro_batch",
+    "managed_gradient_accumulation": "contrastive_batch and micro_batch",
+    "zero_optimization.stage": "zero.stage",
+    "bf16.enabled": "zero.precision",
+    "fp16.enabled": "zero.precision",
+    "scheduler": "optimizer.schedule",
+    "checkpoint.load_universal": "resume",
+}
 STALE_S = 1200.0  # after which a build of DeepSpeed's extension that wrote nothing counts as killed
 
 
@@ -51,6 +65,7 @@ class ZeroConfig:
         check_range("zero.gradient_clipping", self.gradient_clipping, 0)
         if self.bucket_elements is not None:
             check_range("zero.bucket_elements", self.bucket_elements, 1000)
+        check_extra(self.extra, self.stage)
         if self.overlap and self.stage < 2:
             # DeepSpeed's own limit: below stage 2 only with a boundary of its own, and we own the boundary.
             raise ValueError(f"zero.overlap: needs zero.stage 2 or 3, it is {self.stage}; leave it null")
@@ -58,6 +73,33 @@ class ZeroConfig:
             raise ValueError(f"zero.offload_parameters: needs zero.stage=3, it is {self.stage}")
         if self.offload_optimizer and self.stage == 0:
             raise ValueError("zero.offload_optimizer: needs zero.stage 1, 2 or 3, it is 0")
+
+
+def check_extra(extra: Mapping[str, Any], stage: int) -> None:
+    """ValueError where `zero.extra` contradicts a key of ours, or asks for what resumption or this stage cannot do."""
+    for name in ("zero_optimization", "bf16", "fp16", "optimizer", "checkpoint", "data_types"):
+        if not isinstance(extra.get(name, {}), Mapping):
+            raise ValueError(
+                f"zero.extra.{name}: {extra[name]!r} is not valid; give keys of DeepSpeed's section {name}"
+            )
+    for name, own in OWNED.items():
+        section, _, entry = name.rpartition(".")
+        if entry in (extra.get(section, {}) if section else extra):
+            raise ValueError(f"zero.extra.{name}: cannot be set here; it follows from {own}")
+    zero = extra.get("zero_optimization", {})
+    for name in UNRESUMABLE:
+        if zero.get(name):
+            raise ValueError(
+                f"zero.extra.zero_optimization.{name}: a run with it could not go on with another number of ranks; "
+                "leave it out"
+            )
+    for name in ("offload_optimizer", "offload_param"):
+        if (zero.get(name) or {}).get("device") == "nvme" and stage != 3:
+            # DeepSpeed would keep it in CPU memory, without a word.
+            raise ValueError(
+                f"zero.extra.zero_optimization.{name}: nvme needs zero.stage=3, it is {stage}; below, "
+                "zero.offload_optimizer=true keeps the states in CPU memory"
+            )
 
 
 def deepspeed_json(
@@ -115,6 +157,8 @@ def _zero_section(config: ZeroConfig, num_learning: int, num_parameters: int, de
     if config.stage in (1, 2):
         # Below stage 3 DeepSpeed's scatter is an all-reduce, too, with a copy of the bucket before it and one after it.
         zero["reduce_scatter"] = False
+    if config.stage == 1 and not on_gpu and config.precision == "fp32" and not config.offload_optimizer:
+        zero["contiguous_gradients"] = False  # no bucket: `dermfm.shares` packs gradients once, after the last of them
     if config.stage == 3:
         live = memory.live_elements(num_parameters)
         # DeepSpeed's own defaults (a billion) keep most models gathered throughout, as if nothing were sharded.
@@ -186,8 +230,16 @@ def initialize(model: nn.Module, groups: list[dict[str, Any]], settings: dict[st
         engine, *_ = deepspeed.initialize(
             model=model, model_parameters=groups, config=settings, dist_init_required=False
         )
-    except (AssertionError, ValueError) as error:
+    except (AssertionError, ValueError, deepspeed.DeepSpeedConfigError) as error:
         raise InputError(f"zero: DeepSpeed refuses this configuration: {' '.join(str(error).split())}") from error
+    except RuntimeError as error:
+        if "Unable to JIT load" not in str(error):
+            raise
+        needed = " ".join(str(error).split())
+        raise InputError(
+            f"zero: this configuration needs a part of DeepSpeed that cannot be built here: {needed}; "
+            "NVMe needs libaio and its headers"
+        ) from error
     install(engine)
     engine._copy_recovery_script = lambda folder: None  # a program beside every checkpoint, which nobody calls
     return engine

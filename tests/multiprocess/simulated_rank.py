@@ -17,6 +17,7 @@ from memory_rank import BATCH, SIZE, TOKENS
 
 from dermfm import zero
 from dermfm.config import from_dict
+from dermfm.gradients import Gradients
 from dermfm.model.dermfm import DermFM, ModelConfig
 from dermfm.optimizer import OptimizerConfig, parameter_groups
 from dermfm.simulate import blank_batch, fake_group
@@ -37,8 +38,9 @@ def step_at(stage: int, values: dict[str, Any]) -> dict[str, float]:
         num_parameters=total,
     )  # fmt: skip
     engine = zero.initialize(model, parameter_groups(model, OptimizerConfig()), settings, "cpu")
+    gradients = Gradients(engine)
     values = optimizer_step(engine, blank_batch(BATCH, TOKENS, SIZE), BATCH // 2, ObjectiveConfig())
-    engine.step()
+    gradients.step()
     stepped = getattr(engine.optimizer, "optimizer", engine.optimizer).param_groups
     own = sum(p.numel() for group in stepped for p in group["params"])
     return {**values, "optimizer": own, "learning": learning, "groups": len(stepped)}

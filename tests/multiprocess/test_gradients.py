@@ -15,9 +15,13 @@ from dermfm.gradients import Gradients
 pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("alone")]
 
 
-@pytest.fixture(scope="module", params=[0, 1, 2, 3])
+STAGES = [(0, False), (1, False), (1, True), (2, False), (2, True), (3, False), (3, True)]
+
+
+@pytest.fixture(scope="module", params=STAGES, ids=lambda p: f"stage-{p[0]}{'-offloaded' if p[1] else ''}")
 def engine(request: pytest.FixtureRequest) -> Any:
-    """DeepSpeed over two linear layers in two parameter groups, at each ZeRO stage."""
+    """DeepSpeed over two linear layers in two parameter groups, at each ZeRO stage, also with offloaded states."""
+    stage, offloaded = request.param
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
     groups = [
@@ -25,7 +29,7 @@ def engine(request: pytest.FixtureRequest) -> Any:
         for name, part in (("image", model[0]), ("heads_no_decay", model[1]))
     ]
     settings = zero.deepspeed_json(
-        zero.ZeroConfig(stage=request.param),
+        zero.ZeroConfig(stage=stage, offload_optimizer=offloaded),
         micro_batch=2,
         num_micro=1,
         world=1,

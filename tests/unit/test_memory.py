@@ -58,10 +58,11 @@ def test_stage_2_sends_gradients_for_every_micro_batch_and_stage_3_parameters_fo
         return memory.communication(1000, 1000, how, num_micro, batch=8, embed_dim=2, row_bytes=80)
 
     full = 0.75 * 2000  # a ring sends (N − 1) / N of the data
-    assert [sent(stage, 1)["gradients"] for stage in range(4)] == [2 * full, full, full, full]
-    assert [sent(stage, 5)["gradients"] for stage in range(4)] == [2 * full, full, 5 * full, 5 * full]
+    assert [sent(stage, 1)["gradients"] for stage in range(4)] == [2 * full, 2 * full, 2 * full, full]
+    assert [sent(stage, 5)["gradients"] for stage in range(4)] == [2 * full, 2 * full, 10 * full, 5 * full]
     assert [sent(stage, 1)["parameters"] for stage in range(4)] == [0, full, full, 2 * full]
-    assert sent(3, 5)["parameters"] == 15 * full
+    # five micro-batches forward and backward, and before that four of them and one for their features
+    assert sent(3, 5)["parameters"] == (5 + 5 + 2) * full
     assert sent(1, 1)["notes"] == 0.75 * 8 * 80
     assert sum(memory.communication(9, 9, Sharding(2, "bf16", 1), 1, 8, 2, 80).values()) == 0
 

@@ -81,7 +81,7 @@ def test_hours_disk_and_communication_follow_from_the_samples():
     assert rows["time"] == f"{25 * 4096 / 1000 / 3600:.2f} h"
     assert rows["checkpoint"] == "2.90 GB"  # 250 M in bf16, 200 M × 12
     assert rows["checkpoint write"] == "1.4 s"
-    assert rows["sent: gradients"] == f"{2 * 200e6 * 2 * 15 / 16 / 1e9:.3f} GB"  # two micro-batches at stage 2
+    assert rows["sent: gradients"] == f"{2 * 2 * 200e6 * 2 * 15 / 16 / 1e9:.3f} GB"  # all-reduced for two micro-batches
     assert "sending" in rows
 
 
