@@ -29,8 +29,15 @@ def print_summary(built: Built, out: str) -> None:
     shown = Table(title=f"{table.num_rows} records in {len(set(table.column('group_id').to_pylist()))} groups")
     for name in ("data set", "split", "images", *CLASS_CODES, "none"):
         shown.add_column(name, justify="left" if name in ("data set", "split") else "right")
-    for (dataset, split), row in class_counts(table).items():
+    counts = class_counts(table)
+    for (dataset, split), row in counts.items():
         shown.add_row(dataset, split, str(sum(row)), *map(str, row))
+    if len({dataset for dataset, _ in counts}) > 1:
+        shown.add_section()
+        for split in SPLITS:
+            all_sets = [sum(one) for one in zip(*(row for (_, of), row in counts.items() if of == split), strict=True)]
+            if all_sets:
+                shown.add_row("all", split, str(sum(all_sets)), *map(str, all_sets))
     console = Console()
     console = console if console.is_terminal else Console(width=WIDTH)
     console.print(shown)

@@ -84,6 +84,7 @@ def page_values(table: pa.Table, losses: Losses, path: Path, rng: np.random.Gene
         "codes": CLASS_CODES,
         "classes": list(zip(CLASS_CODES, CLASSES, strict=True)),
         "counts": count_lines(rows),
+        "totals": totals(rows),
         "fields": FIELDS,
         "missing": missing_lines(rows),
         "duplicates": [one for one in kinds if one[0] in duplicates],
@@ -123,6 +124,17 @@ def count_lines(rows: list[Row]) -> list[dict[str, Any]]:
     return out
 
 
+def totals(rows: list[Row]) -> list[tuple[str, int, int, list[int]]]:
+    """(split or "all", images, groups, images of each class and of none) of all data sets together."""
+    out = []
+    for split in [*SPLITS, "all"]:
+        own = [row for row in rows if split in (row["split"], "all")]
+        classes = Counter(row["label"] for row in own)
+        counts = [classes[label] for label in [*range(len(CLASS_CODES)), None]]
+        out.append((split, len(own), len({row["group_id"] for row in own}), counts))
+    return out
+
+
 def missing_lines(rows: list[Row]) -> list[tuple[str, int, list[float]]]:
     """(data set, images, share of records in which each of FIELDS is unknown)."""
     by_dataset: dict[str, list[Row]] = {}
@@ -150,11 +162,12 @@ def copy_pairs(rows: list[Row], losses: Losses, folder: Path) -> list[Picture]:
 
 
 def class_montage(rows: list[Row], folder: Path, rng: np.random.Generator) -> list[tuple[str, int, list[Picture]]]:
-    """(class, images, some of them): drawn at random from the data sets in turn."""
+    """(class, images, some of them): drawn at random from the data sets in turn, one of each at least."""
+    count = max(PER_CLASS, len({row["dataset"] for row in rows}))
     out = []
     for label, (code, name) in enumerate(zip(CLASS_CODES, CLASSES, strict=True)):
         own = [row for row in rows if row["label"] == label]
-        pictures = _pictures(in_turn(own, rng), folder, PER_CLASS, lambda row: (row["dataset"], row["split"]))
+        pictures = _pictures(in_turn(own, rng), folder, count, lambda row: (row["dataset"], row["split"]))
         if pictures:
             out.append((f"{code} · {name}", len(own), pictures))
     return out
