@@ -15,9 +15,11 @@ from dermfm.records.measure.shape import asymmetry, irregularity, relative_size
 from dermfm.records.measure.skin import band, fitzpatrick, skin_angle
 from dermfm.records.measure.texture import texture
 
-VERSION = 4  # raise it when a measure changes: older values are measured again
+VERSION = 5  # raise it when a measure changes: older values are measured again
 ASYMMETRIC = 0.13  # from which a lesion is called asymmetric
-SHARP, INDISTINCT = 0.66, 0.48  # sharpness above and below which a border is called so; between: mixed
+# Sharpness above and below which a border is called so, between: mixed; where the atlas's own words divide best. Real
+# borders fade more than drawn ones: of 101 dermoscopic photographs 94 are called indistinct, of 57 clinical ones 41.
+SHARP, INDISTINCT = 0.62, 0.48
 MIN_CONFIDENCE = 0.23  # of the mask, below which the lesion counts as not found and nothing of it is told
 # How often the outline fails (MIN_CONFIDENCE was set on the same images; the search had three rounds then, two since,
 # and version 4 draws the outlines of what was found anew: on 102 other images half of them overlap by 0.94 and more).
@@ -73,7 +75,7 @@ def _shape_columns(found: LesionMask) -> dict[str, Any]:
 
 
 def _border_columns(found: LesionMask) -> dict[str, Any]:
-    seen = border(cv2.transform(found.lab, found.white), found.mask, found.valid, found.edge)
+    seen = border(cv2.transform(found.lab - found.skin, found.white), found.mask, found.valid, found.edge)
     if seen is None:
         return {"measured_border_confidence": 0.0}
     value = seen.sharpness

@@ -155,13 +155,16 @@ def test_an_outline_lies_halfway_on_each_side_of_an_unevenly_coloured_lesion() -
 
 
 def test_border_width_is_the_scale_of_the_logistic() -> None:
+    skin = to_lab(SKIN.astype(np.uint8)[None, None])
     widths = []
-    for scale in (0.03, 0.05, 0.08):
-        seen = border(to_lab(drawn(soft_disc(scale))), disc(60), np.ones((200, 240), bool), edge=0)
-        assert seen is not None
-        assert seen.width == pytest.approx(scale, rel=0.3)
-        widths.append(seen.width)
-    assert widths == sorted(widths)
+    for scale in (0.02, 0.03, 0.05, 0.08):
+        for colour in (BROWN, SKIN + (BROWN - SKIN) * (1.3 - np.hypot(X - 120, Y - 100) / 100)[..., None]):
+            seen = border(to_lab(drawn(soft_disc(scale), colour)) - skin, disc(60), np.ones((200, 240), bool), edge=0)
+            assert seen is not None
+            assert seen.width == pytest.approx(scale, rel=0.12)
+            widths.append(seen.width)
+    assert widths[::2] == sorted(widths[::2])
+    assert widths[1::2] == sorted(widths[1::2])
 
 
 def test_colours_have_the_names_that_people_give_them() -> None:
