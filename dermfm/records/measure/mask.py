@@ -4,8 +4,8 @@ Skin is a smooth surface of CIELAB colour over the picture (light falls off towa
 deviates from it in any direction, darker, redder, bluer or whiter, belongs to the lesion. So nothing is assumed about
 the lesion's colour.
 
-How often it fails: attributes.JUDGED. What fails is faint: pink lesions on reddened skin, many small spots, skin with
-furrows.
+How often it fails: attributes.JUDGED. What fails is faint (pink lesions on reddened skin, skin with furrows), fills the
+picture, or lies beside something that stands out as much: ink of a pen, a shadow, hair, the black beyond the skin.
 """
 
 from __future__ import annotations
