@@ -72,7 +72,9 @@ def write_records_page(table: pa.Table, losses: Losses, path: Path, out: Path, s
 
 def page_values(table: pa.Table, losses: Losses, path: Path, rng: np.random.Generator) -> dict[str, Any]:
     """Everything that the template shows."""
-    rows = table.to_pylist()
+    shown = {"dataset", "source_id", "image", "modality", "split", "group_id", *FIELDS, "measured_colours"}
+    shown |= {name for name, *_ in (*HISTOGRAMS, *WORDS)}
+    rows = table.select([name for name in table.column_names if name in shown]).to_pylist()
     duplicates = {WITHIN, ACROSS, OTHER_LABEL}
     kinds = [(kind, losses.count(kind), names.most_common(NAMED)) for kind, names in losses.kinds.items()]
     is_measured = "measured_size" in table.column_names
