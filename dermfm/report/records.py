@@ -76,7 +76,7 @@ def page_values(table: pa.Table, losses: Losses, path: Path, rng: np.random.Gene
     shown |= {name for name, *_ in (*HISTOGRAMS, *WORDS)}
     rows = table.select([name for name in table.column_names if name in shown]).to_pylist()
     duplicates = {WITHIN, ACROSS, OTHER_LABEL}
-    kinds = [(kind, losses.count(kind), names.most_common(NAMED)) for kind, names in losses.kinds.items()]
+    kinds = [(kind, losses.count(kind), losses.most_common(kind, NAMED)) for kind in losses.kinds]
     is_measured = "measured_size" in table.column_names
     return {
         "title": path.name,

@@ -14,6 +14,7 @@ from PIL import Image
 
 from dermfm.config import InputError, load, short_hash
 from dermfm.records.build import CONFLICTS, UNREADABLE, RecordsConfig, build_records
+from dermfm.records.source import KEPT, Losses
 from dermfm.records.summary import class_counts, print_summary
 from dermfm.records.table import RECORD_COLUMNS, SCHEMA, Record, read_records, to_table, write_records
 from dermfm.report.records import PER_CLASS, class_montage, totals
@@ -241,8 +242,8 @@ def test_terminal_and_page_tell_the_sums_over_all_data_sets(
     config = load(RecordsConfig, None, two_sets)
     built = build_records(config)
     print_summary(built, config.out)
-    lines = [line.strip("│").split("│") for line in capsys.readouterr().out.splitlines()]
-    shown = {cells[1].strip(): int(cells[2]) for cells in lines if cells[0].strip() == "all"}
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    shown = {cells[1]: int(cells[2]) for cells in lines if cells[:1] == ["all"]}
     splits = Counter(built.table.column("split").to_pylist())
     assert shown == dict(splits)
     told = {split: (images, sum(counts)) for split, images, _, counts in totals(built.table.to_pylist())}
@@ -256,3 +257,13 @@ def test_every_data_set_is_in_the_montage_of_a_class(tmp_path: Path) -> None:
     ((_, count, pictures),) = class_montage(rows, tmp_path, np.random.default_rng(0))
     assert count == len(rows)
     assert sorted(picture.lines[0] for picture in pictures) == names
+
+
+def test_names_that_the_file_does_not_keep_are_counted_and_not_shown_as_a_name() -> None:
+    losses = Losses()
+    for i in range(KEPT + 200):
+        losses.add("odd", f"image {i}")
+    again = Losses.from_json(losses.to_json())
+    assert again.count("odd") == KEPT + 200
+    assert again.lines() == losses.lines()
+    assert again.most_common("odd", 2) == [("image 0", 1), ("image 1", 1)]
