@@ -61,7 +61,8 @@ def ray_session(address: str | None = None, num_cpus: int | None = None) -> Iter
     try:
         yield
     finally:
-        ray.shutdown()
+        with _same_sigterm():  # Ray's core leaves the system's default behind: a stop would end the job without a word
+            ray.shutdown()
         if folder:
             shutil.rmtree(folder, ignore_errors=True)
 
