@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,6 +111,7 @@ def build_records(config: RecordsConfig, dry_run: bool = False) -> Built:
     Raises InputError for bad tables, duplicate ids, or when no record is left.
     """
     out = Path(config.out)
+    _check_out(out)
     sources = resolved_sources(config)
     inputs = inputs_fingerprint(config, sources)
     if not config.overwrite and not dry_run and _is_current(out, inputs):
@@ -152,6 +154,17 @@ def inputs_fingerprint(config: RecordsConfig, sources: list[SourceConfig]) -> st
     images = {f for source in sources if source.images for f in Path(source.images).rglob("*")}
     stats = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(tables | images) if f.is_file()]
     return short_hash([settings, stats])
+
+
+def _check_out(out: Path) -> None:
+    """InputError where `out` cannot be written, before hours of work are done for it."""
+    if out.is_dir():
+        raise InputError(f"out={out}: is a folder; name the file, for example {out / 'records.parquet'}")
+    nearest_there = next(folder for folder in out.absolute().parents if folder.exists())
+    if not nearest_there.is_dir():
+        raise InputError(f"out={out}: {nearest_there} is a file, a folder is needed there")
+    if not os.access(nearest_there, os.W_OK):
+        raise InputError(f"out={out}: {nearest_there} cannot be written to; give another path")
 
 
 def _is_current(out: Path, inputs: str) -> bool:

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
+from dermfm.progress import track
 from dermfm.records.keypoints import confirmed
 
 HASH_BITS = 64
@@ -50,7 +51,7 @@ def looks_of(thumbnails: Iterable[bytes]) -> Looks:
     coarse = [np.empty((len(CENTRES), 0, COARSE * COARSE), np.float32)]
     digests = [b""]
     rest = iter(thumbnails)
-    while block := list(islice(rest, 1024)):
+    while block := list(itertools.islice(rest, 1024)):
         pictures = np.frombuffer(b"".join(block), np.uint8).reshape(-1, THUMBNAIL, THUMBNAIL)
         coarse.append(np.stack([coarse_vectors(pictures, share) for share in CENTRES]))
         digests.extend(hashlib.blake2b(one, digest_size=16).digest() for one in block)
@@ -173,16 +174,17 @@ def neighbours(coarse: np.ndarray) -> np.ndarray:
     whole = coarse[0]
     rows = max(1, BLOCK // max(len(whole), 1))
     pairs = [np.empty((0, 2), np.int64)]
-    for part in coarse:
-        for start in range(0, len(part), rows):
-            correlation = part[start : start + rows] @ whole.T
-            here = np.arange(len(correlation))
-            correlation[here, here + start] = -1
-            for _ in range(min(NEIGHBOURS, len(whole) - 1)):
-                best = correlation.argmax(1)
-                is_like = correlation[here, best] >= MIN_COARSE
-                correlation[here, best] = -1
-                pairs.append(np.stack([start + here, best], axis=1)[is_like])
+    starts = range(0, len(whole), rows)
+    blocks = track(itertools.product(coarse, starts), len(coarse) * len(starts), "looking for alike images", "blocks")
+    for part, start in blocks:
+        correlation = part[start : start + rows] @ whole.T
+        here = np.arange(len(correlation))
+        correlation[here, here + start] = -1
+        for _ in range(min(NEIGHBOURS, len(whole) - 1)):
+            best = correlation.argmax(1)
+            is_like = correlation[here, best] >= MIN_COARSE
+            correlation[here, best] = -1
+            pairs.append(np.stack([start + here, best], axis=1)[is_like])
     return np.sort(np.concatenate(pairs), axis=1)
 
 

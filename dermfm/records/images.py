@@ -13,7 +13,7 @@ import imagehash
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from dermfm.config import InputError
+from dermfm.config import InputError, nearest
 from dermfm.progress import track
 from dermfm.records.duplicates import THUMBNAIL
 from dermfm.records.preprocess.decode import decode
@@ -45,7 +45,10 @@ class ImageFolder:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
-            raise InputError(f"images={folder}: no such folder")
+            beside = self.folder.parent
+            names = [path.name for path in beside.iterdir() if path.is_dir()] if beside.is_dir() else []
+            hint = f"; {nearest(self.folder.name, names)}" if names else ""
+            raise InputError(f"images={folder}: no such folder{hint}")
         self.copies: set[Path] = set()
         self._by_stem: dict[str, list[Path]] = {}
         self._by_folded: dict[str, list[str]] = {}

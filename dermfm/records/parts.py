@@ -25,9 +25,9 @@ from dermfm.records.processes import mapping, one_thread
 from shards.files import replacing
 
 PART = 64  # images: what a killed worker loses at most
-# Parts that a Ray task does: with 1, 4 and 16 of them the job ran at 0.4, 0.7 and 0.9 of a bare loop's speed; and tasks
-# there are at least for each core, so that all end together.
-PARTS_A_BLOCK, BLOCKS_A_CORE = 16, 4
+# Parts that a Ray task does, and tasks that wait at each worker: without waiting ones a worker stands idle until the
+# next comes, and with larger ones the last is long alone. The job ran at 0.6 of a bare loop's speed with neither.
+PARTS_A_TASK, TASKS_WAITING = 6, 3
 RAY_FROM = 20_000  # images; fewer are done by a pool of processes, before Ray would have started
 Row = dict[str, Any]
 
@@ -159,18 +159,33 @@ def _on_ray(parts: list[list[Task]], work: Work, folder: Path, schema: pa.Schema
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         items = [{"part": [[task.key, task.source, task.target] for task in part]} for part in parts]
-        cores = int(ray.cluster_resources().get("CPU", 1))
-        blocks = min(len(parts), max(-(-len(parts) // PARTS_A_BLOCK), BLOCKS_A_CORE * cores))
-        dataset = ray.data.from_items(items, override_num_blocks=blocks)
-        do_batch = partial(_do_batch, work=work, folder=folder.resolve(), schema=schema)
-        done = dataset.map_batches(do_batch, batch_size=1, batch_format="pyarrow")
+        cores = max(1, int(ray.cluster_resources().get("CPU", 1)))
+        tasks = max(-(-len(parts) // PARTS_A_TASK), min(len(parts), cores))
+        workers = min(cores, tasks)
+        # As many as there is room for where other jobs share the cluster; Ray starts one anew that dies.
+        pool = ray.data.ActorPoolStrategy(
+            min_size=1, max_size=workers, initial_size=workers, max_tasks_in_flight_per_actor=1 + TASKS_WAITING
+        )
+        done = ray.data.from_items(items, override_num_blocks=tasks).map_batches(
+            _Worker,
+            fn_constructor_args=(work, folder.resolve(), schema),
+            compute=pool,
+            num_cpus=1,
+            batch_size=1,
+            batch_format="pyarrow",
+        )
         for batch in done.iter_batches(batch_size=None, batch_format="pyarrow"):
             assert isinstance(batch, pa.Table)
             yield batch
 
 
-def _do_batch(batch: pa.Table, work: Work, folder: Path, schema: pa.Schema) -> pa.Table:
-    """The rows of one part, in a Ray worker."""
-    one_thread()
-    parts = batch.column("part").to_pylist()
-    return pa.concat_tables(do_part([Task(*task) for task in part], work, folder, schema) for part in parts)
+class _Worker:
+    """An actor of a Ray Data job: gives the rows of the parts of a batch."""
+
+    def __init__(self, work: Work, folder: Path, schema: pa.Schema) -> None:
+        one_thread()
+        self.work, self.folder, self.schema = work, folder, schema
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        parts = ([Task(*task) for task in part] for part in batch.column("part").to_pylist())
+        return pa.concat_tables(do_part(part, self.work, self.folder, self.schema) for part in parts)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -18,6 +20,7 @@ import cv2
 import numpy as np  # noqa: F401  (threadpoolctl sees only libraries that are loaded)
 from threadpoolctl import threadpool_limits
 
+PARENT_LOOK_S = 2.0
 POOL_FROM = 512  # items; fewer are done in this process
 
 Mapped = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
@@ -41,5 +44,18 @@ def mapping(workers: int, num_items: int) -> Iterator[Mapped]:
         with threadpool_limits(limits=1):
             yield map
         return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=one_thread) as pool:
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_begin, initargs=(os.getpid(),))
+    with pool:
         yield pool.map
+
+
+def _begin(parent: int) -> None:
+    """One thread, and an end with the parent: a killed one leaves its processes waiting for work for ever."""
+    one_thread()
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(PARENT_LOOK_S)
+    os._exit(1)

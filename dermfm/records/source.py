@@ -87,6 +87,7 @@ class SourceConfig:
 
 
 NAMED, KEPT = 10, 1000
+REST = "…"  # name of those that the records' file does not keep
 
 
 @dataclass
@@ -103,6 +104,11 @@ class Losses:
         """Number of items of `kind`."""
         return sum(self.kinds.get(kind, Counter()).values())
 
+    def most_common(self, kind: str, number: int) -> list[tuple[str, int]]:
+        """(name, times) of the most frequent known names of `kind`."""
+        known = Counter({name: times for name, times in self.kinds[kind].items() if name != REST})
+        return known.most_common(number)
+
     def to_json(self) -> bytes:
         """As the records' file keeps it, so that a report can tell it later; of a kind at most KEPT names are kept."""
         kept = {
@@ -112,12 +118,12 @@ class Losses:
 
     @classmethod
     def from_json(cls, text: bytes) -> Losses:
-        """What `to_json` kept; counts stay whole: names beyond KEPT count under "…"."""
+        """What `to_json` kept; counts stay whole: names beyond KEPT count under REST."""
         losses = cls()
         for kind, kept in json.loads(text or b"{}").items():
             names = Counter(dict(kept["names"]))
             if (rest := kept["count"] - sum(names.values())) > 0:
-                names["…"] = rest
+                names[REST] = rest
             losses.kinds[kind] = names
         return losses
 
@@ -125,7 +131,7 @@ class Losses:
         """One line a kind: 'kind: 5 (a, b ×3, c)'; the most frequent ten are named."""
         lines = []
         for kind, names in self.kinds.items():
-            shown = [name if n == 1 else f"{name} ×{n}" for name, n in names.most_common(NAMED)]
+            shown = [name if n == 1 else f"{name} ×{n}" for name, n in self.most_common(kind, NAMED)]
             more = ", …" if len(names) > NAMED else ""
             lines.append(f"{kind}: {self.count(kind)} ({', '.join(shown)}{more})")
         return lines

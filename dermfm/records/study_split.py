@@ -37,7 +37,8 @@ def study_split(folder: Path, dataset: str, losses: Losses) -> dict[str, str]:
     files = {split: folder / dataset / f"labels_{split}.csv" for split in SPLITS}
     if not any(path.is_file() for path in files.values()):
         known = [path.parent.name for path in folder.glob("*/labels_test.csv")]
-        raise InputError(f"{folder}: holds no {dataset}/labels_<split>.csv; {nearest(dataset, known)}")
+        hint = nearest(dataset, known) if known else "split_tables is the folder of the study's CSVs, one a data set"
+        raise InputError(f"{folder}: holds no {dataset}/labels_<split>.csv; {hint}")
     splits: dict[str, str] = {}
     for split, path in files.items():
         for name, _ in headless_lines(path, 2, losses) if path.is_file() else ():

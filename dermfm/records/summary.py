@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pyarrow as pa
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -26,11 +27,23 @@ def class_counts(table: pa.Table) -> dict[tuple[str, str], list[int]]:
 def print_summary(built: Built, out: str) -> None:
     """The counts as a table, groups, and one line for each kind of loss."""
     table = built.table
-    shown = Table(title=f"{table.num_rows} records in {len(set(table.column('group_id').to_pylist()))} groups")
-    for name in ("data set", "split", "images", *CLASS_CODES, "none"):
-        shown.add_column(name, justify="left" if name in ("data set", "split") else "right")
-    for (dataset, split), row in class_counts(table).items():
-        shown.add_row(dataset, split, str(sum(row)), *map(str, row))
+    title = f"{table.num_rows} records in {len(set(table.column('group_id').to_pylist()))} groups"
+    shown = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title_justify="left")
+    shown.add_column("data set", overflow="fold")  # a name cut off may be that of two data sets
+    shown.add_column("split")
+    for name in ("images", *CLASS_CODES, "none"):
+        shown.add_column(name, justify="right")
+    counts = class_counts(table)
+    last = ""
+    for (dataset, split), row in counts.items():
+        shown.add_row("" if dataset == last else dataset, split, str(sum(row)), *map(str, row))
+        last = dataset
+    if len({dataset for dataset, _ in counts}) > 1:
+        shown.add_section()
+        for split in SPLITS:
+            all_sets = [sum(one) for one in zip(*(row for (_, of), row in counts.items() if of == split), strict=True)]
+            if all_sets:
+                shown.add_row("all", split, str(sum(all_sets)), *map(str, all_sets))
     console = Console()
     console = console if console.is_terminal else Console(width=WIDTH)
     console.print(shown)

@@ -72,9 +72,11 @@ def write_records_page(table: pa.Table, losses: Losses, path: Path, out: Path, s
 
 def page_values(table: pa.Table, losses: Losses, path: Path, rng: np.random.Generator) -> dict[str, Any]:
     """Everything that the template shows."""
-    rows = table.to_pylist()
+    shown = {"dataset", "source_id", "image", "modality", "split", "group_id", *FIELDS, "measured_colours"}
+    shown |= {name for name, *_ in (*HISTOGRAMS, *WORDS)}
+    rows = table.select([name for name in table.column_names if name in shown]).to_pylist()
     duplicates = {WITHIN, ACROSS, OTHER_LABEL}
-    kinds = [(kind, losses.count(kind), names.most_common(NAMED)) for kind, names in losses.kinds.items()]
+    kinds = [(kind, losses.count(kind), losses.most_common(kind, NAMED)) for kind in losses.kinds]
     is_measured = "measured_size" in table.column_names
     return {
         "title": path.name,
@@ -84,6 +86,7 @@ def page_values(table: pa.Table, losses: Losses, path: Path, rng: np.random.Gene
         "codes": CLASS_CODES,
         "classes": list(zip(CLASS_CODES, CLASSES, strict=True)),
         "counts": count_lines(rows),
+        "totals": totals(rows),
         "fields": FIELDS,
         "missing": missing_lines(rows),
         "duplicates": [one for one in kinds if one[0] in duplicates],
@@ -123,6 +126,17 @@ def count_lines(rows: list[Row]) -> list[dict[str, Any]]:
     return out
 
 
+def totals(rows: list[Row]) -> list[tuple[str, int, int, list[int]]]:
+    """(split or "all", images, groups, images of each class and of none) of all data sets together."""
+    out = []
+    for split in [*SPLITS, "all"]:
+        own = [row for row in rows if split in (row["split"], "all")]
+        classes = Counter(row["label"] for row in own)
+        counts = [classes[label] for label in [*range(len(CLASS_CODES)), None]]
+        out.append((split, len(own), len({row["group_id"] for row in own}), counts))
+    return out
+
+
 def missing_lines(rows: list[Row]) -> list[tuple[str, int, list[float]]]:
     """(data set, images, share of records in which each of FIELDS is unknown)."""
     by_dataset: dict[str, list[Row]] = {}
@@ -150,11 +164,12 @@ def copy_pairs(rows: list[Row], losses: Losses, folder: Path) -> list[Picture]:
 
 
 def class_montage(rows: list[Row], folder: Path, rng: np.random.Generator) -> list[tuple[str, int, list[Picture]]]:
-    """(class, images, some of them): drawn at random from the data sets in turn."""
+    """(class, images, some of them): drawn at random from the data sets in turn, one of each at least."""
+    count = max(PER_CLASS, len({row["dataset"] for row in rows}))
     out = []
     for label, (code, name) in enumerate(zip(CLASS_CODES, CLASSES, strict=True)):
         own = [row for row in rows if row["label"] == label]
-        pictures = _pictures(in_turn(own, rng), folder, PER_CLASS, lambda row: (row["dataset"], row["split"]))
+        pictures = _pictures(in_turn(own, rng), folder, count, lambda row: (row["dataset"], row["split"]))
         if pictures:
             out.append((f"{code} · {name}", len(own), pictures))
     return out

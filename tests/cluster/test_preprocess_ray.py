@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import re
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +45,7 @@ def test_one_process_a_pool_and_ray_write_the_same_bytes(tmp_path: Path, monkeyp
     settings = PreprocessConfig(enabled=True, hair=True, square="crop", size=48)
     outcomes = []
     monkeypatch.setattr(processes, "POOL_FROM", 1)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     for name, workers, ray_from in (("alone", 1, 10**9), ("pool", 2, 10**9), ("ray", 2, 1)):
         monkeypatch.setattr(parts, "RAY_FROM", ray_from)
         losses = Losses()
@@ -51,3 +54,8 @@ def test_one_process_a_pool_and_ray_write_the_same_bytes(tmp_path: Path, monkeyp
         outcomes.append((digests(tmp_path / name), losses.lines()))
     assert len(outcomes[0][0]) == NUM_IMAGES - 1
     assert outcomes[0] == outcomes[1] == outcomes[2]
+    # A stop after the Ray job still reaches Python, not the system's default.
+    caught = re.search(r"SigCgt:\s*(\w+)", Path("/proc/self/status").read_text())
+    signal.signal(signal.SIGTERM, before)
+    assert caught is not None
+    assert int(caught[1], 16) >> (signal.SIGTERM - 1) & 1

@@ -43,10 +43,10 @@ def held_out(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[d
         ("Atlas_dermo", "size", 0.8),
         ("Atlas_dermo", "skin_ita", 0.7),
         ("Atlas_clinic", "asymmetry", 0.8),
-        # At the goal of 0.8, not safely above: on 200 images each of five other seeds asymmetry lay between 0.80 and
-        # 0.83 (mean 0.81), sharpness between 0.77 and 0.83 (mean 0.80). The true outline gives 0.99 and no more than
-        # ours: in a small lesion the camera's blur is as wide as the border.
-        ("Atlas_clinic", "border_sharpness", 0.78),
+        # At the goal of 0.8, not safely above: on 200 images each of five other seeds asymmetry lay between 0.78 and
+        # 0.85 (mean 0.81), sharpness between 0.80 and 0.85 (mean 0.82). The true outline gives asymmetry 0.99: ours
+        # misses parts of the skin's own colour. In a small lesion the camera's blur is as wide as the border.
+        ("Atlas_clinic", "border_sharpness", 0.8),
         ("Atlas_clinic", "size", 0.8),
         ("Atlas_clinic", "skin_ita", 0.7),
     ],

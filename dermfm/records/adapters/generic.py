@@ -34,9 +34,13 @@ PAD_ID = re.compile(r"PAT_(\d+)_(\d+)_(\d+)")
 def read(source: SourceConfig, reading: Reading) -> list[Record]:
     """Records of a generic table. Raises InputError for what the module's docstring rules out."""
     check_source(source)
-    required = ["sample_id"] + [name for name in ("dataset", "modality") if not getattr(source, name)]
-    rows = read_rows(source.table, required, source.layout, reading.losses)
+    rows = read_rows(source.table, ["sample_id"], source.layout, reading.losses)
     header = rows[0].keys()
+    for name, example in (("dataset", "<name>"), ("modality", "|".join(MODALITIES))):
+        if not getattr(source, name) and name not in header:
+            raise InputError(
+                f"{source.table}: lacks the column '{name}'; add it, or say {name}={example} if all rows have the same"
+            )
     if not {"label", *DIAGNOSIS_COLUMNS} & set(header):
         kind = looks_like(header)
         hint = f"it looks like {kind}" if kind else nearest("label", header)

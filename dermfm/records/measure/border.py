@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import cv2
@@ -16,12 +17,13 @@ NUM_STEPS = 41
 WIDTHS = np.geomspace(0.05, 0.8, 24)  # logistic scales tried, of the reach
 SHIFTS = np.linspace(-0.5, 0.5, 17)  # how far the true border may lie from the mask's, of the reach
 EDGE_RANGE = 18.0  # L* by which neighbours differ where something sharp may lie
-BLUR_FLOOR, BLUR_SHARE = 0.4, 0.3  # pixels of logistic scale, and per pixel of `sharpest_edge`; set on the atlas
+BLUR_FLOOR, BLUR_SHARE = 0.4, 0.2  # pixels of logistic scale, and per pixel of `sharpest_edge`; set on the atlas
 HALF_SHARP = 0.03  # logistic scale in radii at which sharpness is one half
 SECTOR = 6.0  # deviation of the stretch of border over which rays are taken together, in rays
 EVIDENCE = 60.0  # independent samples that such a stretch's mean profile counts as
-MISFIT = 0.003  # share of a profile's variance that no logistic explains, at best
-PRIOR_SPREAD = 1.0  # deviation of the logarithm of widths in general
+MISFIT = 0.01  # share of a profile's variance that no logistic explains, at best
+PRIOR_SPREAD = 0.8  # deviation of the logarithm of widths in general
+LEVEL, SLOPE = 0.1, 0.5  # ridge that holds the outside to the skin expected there, and the lesion to one colour
 _WIDTHS = np.geomspace(0.002, 0.4, 64)
 
 
@@ -37,15 +39,17 @@ class Border:
     fit: float
 
 
-def border(colours: np.ndarray, mask: np.ndarray, valid: np.ndarray, edge: float) -> Border | None:
-    """The border of a mask on a picture of colours, float32 [H, W, 3]; `edge` is the picture's `sharpest_edge`.
+def border(unlike: np.ndarray, mask: np.ndarray, valid: np.ndarray, edge: float) -> Border | None:
+    """The border of a mask on a picture of differences from the skin expected there, float32 [H, W, 3]; `edge` is the
+    picture's `sharpest_edge`.
 
-    Colours are best in deviations from skin in any light (`background.whitener`): in CIELAB, the light and dark sides
-    of a raised lesion have profiles of light, not of pigment. Each ray's colours are projected on the line from its
-    inner to its outer colour, and logistics of many widths are fitted to this profile (a sigmoid across the border:
-    Grana et al. 2003, Melanoma Res 13:465). How likely each width is on a stretch of the border, with the camera's blur
-    on top, gives that stretch's width (`_widths`): a side in focus is seen as wide as the blur, a side that
-    fades is not. None where fewer than a quarter of the rays stay in what is valid.
+    Differences are best in deviations from skin in any light (`background.whitener`): in CIELAB, the light and dark
+    sides of a raised lesion have profiles of light, not of pigment. Each ray's are projected on the line from its inner
+    to its outer one, and logistics of many widths are fitted to this profile (a sigmoid across the border: Grana et al.
+    2003, Melanoma Res 13:465) whose outer end is near 0, as skin is: a soft border ends beyond the ray, and with a free
+    level a short stretch of it looks like a whole sharper one. How likely each width is on a stretch of the border,
+    with the camera's blur on top, gives that stretch's width (`_widths`): a side in focus is seen as wide as the blur,
+    a side that fades is not. None where fewer than a quarter of the rays stay in what is valid.
     """
     size = radius(mask)
     reach = max(REACH * size, MIN_REACH)
@@ -57,7 +61,7 @@ def border(colours: np.ndarray, mask: np.ndarray, valid: np.ndarray, edge: float
     usable = known.mean(axis=1) > 0.9
     if usable.sum() < NUM_RAYS / 4:
         return None
-    seen = cv2.remap(colours, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    seen = cv2.remap(unlike, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
     likelihood, weight, fit = _likelihood(seen, usable)
     widths = _widths(likelihood, reach, BLUR_FLOOR + BLUR_SHARE * edge, size)
     middle = np.average(widths, weights=weight)
@@ -112,44 +116,58 @@ def _rays(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return points[::step], normal[::step]
 
 
-def _likelihood(colours: np.ndarray, usable: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-    """(log likelihood of WIDTHS on each ray's SECTOR [NUM_RAYS, WIDTHS], the sectors' weights, fit) from the colours
-    [NUM_RAYS, NUM_STEPS, 3] of rays, inside first, of which the `usable` count.
+def _likelihood(unlike: np.ndarray, usable: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+    """(log likelihood of WIDTHS on each ray's SECTOR [NUM_RAYS, WIDTHS], the sectors' weights, fit) from the
+    differences from skin [NUM_RAYS, NUM_STEPS, 3] on rays, inside first, of which the `usable` count.
 
-    That of the least squares fit of a logistic of free height and level, (1 - correlation^2)^(-n/2), at its best shift.
+    That of the least squares fit of a logistic at its best shift, (residual over variance)^(-n/2).
     """
     ends = NUM_STEPS // 4
-    direction = colours[:, :ends].mean(axis=1) - colours[:, -ends:].mean(axis=1)
+    direction = unlike[:, :ends].mean(axis=1) - unlike[:, -ends:].mean(axis=1)
     contrast = np.linalg.norm(direction, axis=1) * usable
     direction = direction / np.maximum(contrast, 1e-6)[:, None]
-    profile = np.einsum("rkc,rc->rk", colours, direction) * usable[:, None]
+    profile = np.einsum("rkc,rc->rk", unlike, direction) * usable[:, None]
     # Neighbouring rays see the same border: their mean has less of the skin's own texture.
     profile = _with_neighbours(profile) / np.maximum(_with_neighbours(usable.astype(float)), 1)[:, None]
-    correlation = (_unit_rows(profile) @ _TEMPLATES.T).reshape(len(profile), len(WIDTHS), len(SHIFTS)).max(axis=2)
-    explained = correlation.clip(0) ** 2
-    quality = explained.max(axis=1)
+    left = _unexplained(profile.astype(np.float32))
+    quality = 1 - left.min(axis=1)
     weight = np.sqrt(contrast) * quality + 1e-9
     around = round_blur(weight, SECTOR)
-    likelihood = -EVIDENCE / 2 * np.log(1 - explained + MISFIT)
+    likelihood = -EVIDENCE / 2 * np.log(left + MISFIT)
     likelihood = round_blur(likelihood * weight[:, None], SECTOR) / around[:, None]
     return likelihood, around, float(np.average(quality, weights=contrast + 1e-6))
 
 
+def _unexplained(profiles: np.ndarray) -> np.ndarray:
+    """Share of the variance of profiles [N, NUM_STEPS] that the logistics of each of WIDTHS leave at their best shift:
+    [N, WIDTHS], 0…1."""
+    fitted = (profiles @ _fits()) ** 2
+    kept = fitted.reshape(len(profiles), -1, len(WIDTHS), len(SHIFTS)).sum(axis=1).max(axis=2)
+    total = (profiles**2).sum(axis=1, keepdims=True)
+    variance = total - NUM_STEPS * profiles.mean(axis=1, keepdims=True) ** 2
+    return np.clip((total - kept) / np.maximum(variance, 1e-6), 0, 1)
+
+
+@functools.cache
+def _fits() -> np.ndarray:
+    """[NUM_STEPS, 3 * WIDTHS * SHIFTS] float32: a profile's products with it, squared and summed over the three, are
+    the squares that the ridge regression on a logistic, a level and a slope inside explains.
+
+    y'M (M'M + L)^-1 M'y with the columns of M made orthogonal to the logistic, which alone is free.
+    """
+    places = np.linspace(-1, 1, NUM_STEPS)
+    ridge = np.diag([1e-9, LEVEL, SLOPE])
+    out = np.empty((NUM_STEPS, 3, len(WIDTHS), len(SHIFTS)), np.float32)
+    for i, width in enumerate(WIDTHS):
+        for j, shift in enumerate(SHIFTS):
+            inside = 1 / (1 + np.exp(np.clip((places - shift) / width, -50, 50)))
+            columns = np.stack([inside, np.ones_like(places), inside * (places - shift)], axis=1)
+            columns /= np.linalg.norm(columns, axis=0)
+            columns[:, 1:] -= columns[:, :1] * (columns[:, 0] @ columns[:, 1:])
+            columns[:, 1:] /= np.linalg.norm(columns[:, 1:], axis=0)
+            out[:, :, i, j] = columns @ np.linalg.cholesky(np.linalg.inv(columns.T @ columns + ridge))
+    return out.reshape(NUM_STEPS, -1)
+
+
 def _with_neighbours(values: np.ndarray) -> np.ndarray:
     return values + np.roll(values, 1, axis=0) + np.roll(values, -1, axis=0)
-
-
-def _unit_rows(values: np.ndarray) -> np.ndarray:
-    centred = values - values.mean(axis=1, keepdims=True)
-    return centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-6)
-
-
-def _templates() -> np.ndarray:
-    """Falling logistics, centred and of unit length, [WIDTHS * SHIFTS, NUM_STEPS]."""
-    depth = np.linspace(-1, 1, NUM_STEPS)
-    width, shift = (grid.ravel() for grid in np.meshgrid(WIDTHS, SHIFTS, indexing="ij"))
-    curves = 1 / (1 + np.exp(np.clip((depth[None] - shift[:, None]) / width[:, None], -60, 60)))
-    return _unit_rows(curves)
-
-
-_TEMPLATES = _templates()

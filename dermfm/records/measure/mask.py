@@ -4,8 +4,8 @@ Skin is a smooth surface of CIELAB colour over the picture (light falls off towa
 deviates from it in any direction, darker, redder, bluer or whiter, belongs to the lesion. So nothing is assumed about
 the lesion's colour.
 
-How often it fails: attributes.JUDGED. What fails is faint: pink lesions on reddened skin, many small spots, skin with
-furrows.
+How often it fails: attributes.JUDGED. What fails is faint (pink lesions on reddened skin, skin with furrows), fills the
+picture, or lies beside something that stands out as much: ink of a pen, a shadow, hair, the black beyond the skin.
 """
 
 from __future__ import annotations
@@ -52,13 +52,14 @@ MIN_AREA, MAX_AREA = 0.002, 0.9
 class LesionMask:
     """What was found. Pictures are of the working size.
 
-    pixels: RGB uint8 [H, W, 3] without hair; lab: CIELAB float32 [H, W, 3] of it; white: the `whitener` [3, 3] of its
-    skin in any light; mask: bool [H, W]; valid: bool [H, W], false in a black surround and on hairs; edge:
-    `sharpest_edge` of the picture with its hairs; confidence: 0…1.
+    pixels: RGB uint8 [H, W, 3] without hair; lab: CIELAB float32 [H, W, 3] of it; skin: the same of the skin expected
+    everywhere; white: the `whitener` [3, 3] of its skin in any light; mask: bool [H, W]; valid: bool [H, W], false in a
+    black surround and on hairs; edge: `sharpest_edge` of the picture with its hairs; confidence: 0…1.
     """
 
     pixels: np.ndarray
     lab: np.ndarray
+    skin: np.ndarray
     white: np.ndarray
     mask: np.ndarray
     valid: np.ndarray
@@ -101,7 +102,7 @@ def find_lesion(pixels: np.ndarray) -> LesionMask:
         unlike = above_skin(unlikeness(distance, certain), outside)
         mask = refined(unlike, whole_lesion(mask, unlike) if pen is COARSE else mask, seen, pen)
     edge = sharpest_edge((lab if clean is pixels else to_lab(pixels))[..., 0])
-    return LesionMask(clean, lab, white, mask, seen, edge, score)
+    return LesionMask(clean, lab, skin, white, mask, seen, edge, score)
 
 
 def whole_lesion(mask: np.ndarray, unlike: np.ndarray) -> np.ndarray:

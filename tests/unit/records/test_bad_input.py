@@ -251,3 +251,28 @@ def test_a_false_table_in_the_studys_folder_is_named(
     table.write_text(f"{line}\n" if line else "")
     with pytest.raises(InputError, match=f"{table}: .*{message}"):
         read("reference", images=save_images("a"), table=tmp_path / "csv")
+
+
+def test_a_place_that_cannot_hold_the_table_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for out, told in ((tmp_path, "is a folder; name the file"), (tmp_path / "file/a/r.parquet", "file is a file")):
+        with pytest.raises(InputError, match=told):
+            build_records(RecordsConfig(layout="ham10000", table="none.csv", images="none", out=str(out)))
+
+
+def test_what_a_generic_table_does_not_say_may_be_said_for_all_rows(tmp_path: Path, save_images: Save) -> None:
+    table = write_csv(tmp_path / "t.csv", [{"sample_id": "a", "label": 2}])
+    images = save_images("a")
+    with pytest.raises(InputError, match=r"t.csv: lacks the column 'dataset'; add it, or say dataset=<name>"):
+        read("generic", images=images, table=table)
+    with pytest.raises(InputError, match=r"t.csv: lacks the column 'modality'.*modality=dermoscopic\|clinical"):
+        read("generic", images=images, table=table, dataset="Mine")
+    (one,) = read("generic", images=images, table=table, dataset="Mine", modality="clinical")
+    assert (one.dataset, one.modality, one.label) == ("Mine", "clinical", 2)
+
+
+def test_a_folder_that_is_not_there_is_told_with_its_neighbour(tmp_path: Path, save_images: Save) -> None:
+    table = write_csv(tmp_path / "t.csv", [generic_row("a")])
+    images = save_images("a")
+    with pytest.raises(InputError, match=f"no such folder; did you mean '{images.name}'"):
+        read("generic", images=images.parent / f"{images.name}s", table=table)

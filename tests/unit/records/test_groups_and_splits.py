@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import time
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +29,8 @@ from dermfm.records.splits import LEAK, MOVED, assign_splits
 from dermfm.records.table import Record
 
 from .conftest import textured
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def record(dataset: str, source_id: str, **fields: object) -> Record:
@@ -186,6 +194,37 @@ def test_small_work_is_mapped_in_this_process_on_one_thread_which_ends_with_it()
             assert list(mapped(lambda n: (n, set(threads())), [1, 2])) == [(1, {1}), (2, {1})]
         assert threads() == before
     assert 2 in before or max(before) == 1  # a machine of one core has no second thread
+
+
+def test_processes_end_with_a_parent_that_was_killed(tmp_path: Path) -> None:
+    program = """
+import os, time
+from dermfm.records import processes
+
+def note(folder):
+    open(f"{folder}/{os.getpid()}", "w").close()
+    time.sleep(0.2)
+
+if __name__ == "__main__":
+    with processes.mapping(2, processes.POOL_FROM) as mapped:
+        for _ in mapped(note, [FOLDER] * 4000):
+            pass
+""".replace("FOLDER", repr(str(tmp_path / "ids")))
+    (tmp_path / "ids").mkdir()
+    (tmp_path / "job.py").write_text(program)
+    job = subprocess.Popen([sys.executable, tmp_path / "job.py"], env={**os.environ, "PYTHONPATH": str(ROOT)})
+    started = wait_for(lambda: [int(path.name) for path in (tmp_path / "ids").iterdir()])
+    job.kill()
+    job.wait()
+    assert wait_for(lambda: not any(Path(f"/proc/{process}").exists() for process in started))
+
+
+def wait_for(outcome: Callable[[], Any]) -> Any:
+    """The first outcome that is true; that of the last look after two minutes."""
+    end = time.monotonic() + 120
+    while not (found := outcome()) and time.monotonic() < end:
+        time.sleep(0.1)
+    return found
 
 
 def test_features_agree_only_where_one_similarity_transform_carries_them_over() -> None:

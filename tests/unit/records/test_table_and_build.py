@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -12,8 +14,10 @@ from PIL import Image
 
 from dermfm.config import InputError, load, short_hash
 from dermfm.records.build import CONFLICTS, UNREADABLE, RecordsConfig, build_records
-from dermfm.records.summary import class_counts
+from dermfm.records.source import KEPT, Losses
+from dermfm.records.summary import class_counts, print_summary
 from dermfm.records.table import RECORD_COLUMNS, SCHEMA, Record, read_records, to_table, write_records
+from dermfm.report.records import PER_CLASS, class_montage, totals
 
 from .conftest import textured, write_csv
 
@@ -230,3 +234,36 @@ def test_no_records_at_all_is_an_error(tmp_path: Path) -> None:
     arguments = ["layout=generic", f"images={folder}", f"table={table}", f"out={tmp_path / 'r.parquet'}"]
     with pytest.raises(InputError, match="no record is left"):
         build_records(load(RecordsConfig, None, arguments))
+
+
+def test_terminal_and_page_tell_the_sums_over_all_data_sets(
+    two_sets: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = load(RecordsConfig, None, two_sets)
+    built = build_records(config)
+    print_summary(built, config.out)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    shown = {cells[1]: int(cells[2]) for cells in lines if cells[:1] == ["all"]}
+    splits = Counter(built.table.column("split").to_pylist())
+    assert shown == dict(splits)
+    told = {split: (images, sum(counts)) for split, images, _, counts in totals(built.table.to_pylist())}
+    assert told == {**{split: (splits[split],) * 2 for split in ("train", "valid", "test")}, "all": (22, 22)}
+
+
+def test_every_data_set_is_in_the_montage_of_a_class(tmp_path: Path) -> None:
+    textured(1).save(tmp_path / "1.jpg")
+    names = [f"Set{i:02d}" for i in range(PER_CLASS + 4)]
+    rows = [{"dataset": name, "label": 6, "split": "train", "image": "1.jpg"} for name in names for _ in range(3)]
+    ((_, count, pictures),) = class_montage(rows, tmp_path, np.random.default_rng(0))
+    assert count == len(rows)
+    assert sorted(picture.lines[0] for picture in pictures) == names
+
+
+def test_names_that_the_file_does_not_keep_are_counted_and_not_shown_as_a_name() -> None:
+    losses = Losses()
+    for i in range(KEPT + 200):
+        losses.add("odd", f"image {i}")
+    again = Losses.from_json(losses.to_json())
+    assert again.count("odd") == KEPT + 200
+    assert again.lines() == losses.lines()
+    assert again.most_common("odd", 2) == [("image 0", 1), ("image 1", 1)]
