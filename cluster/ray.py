@@ -48,8 +48,6 @@ def ray_session(address: str | None = None, num_cpus: int | None = None) -> Iter
     already open is used as it is. Raises RayError where the address does not answer.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Its core writes to the terminal what Ray Data cannot help (actors with arguments that may be lost).
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     import ray
 
     if ray.is_initialized():
