@@ -2,8 +2,9 @@
 
 How to label is written in LABELLING.md, precisely enough for two people to agree. Each file's first line tells how its
 notes came about and what the checker scored at its first look, which is the honest figure: it was mended on them
-afterwards, one file after the other (but for the last, outside_f), and what is asserted here is the later state. The sets "outside" were written and
-labelled by people who knew the guide and nothing of the checker; the others by people who knew its rules.
+afterwards, one file after the other (but for the last, outside_f), and what is asserted here is the later state. The
+sets "outside" were written and labelled by people who knew the guide and nothing of the checker; the others by people
+who knew its rules.
 """
 
 from __future__ import annotations
