@@ -13,19 +13,8 @@ AGE_IN_WORDS = re.compile(
     r"(?:(?<=aged )|(?<=man of )|(?<=girl of )|(?<=boy of )|(?<=lady of )|(?<=male of )|(?<=patient of ))"
     rf"{NUMBER_WORD}|\b{NUMBER_WORD}(?=[- ]years?\b)"
 )
-CHILD_AGES = (
-    *ONES,
-    "ten",
-    "eleven",
-    "twelve",
-    "thirteen",
-    "fourteen",
-    "fifteen",
-    "sixteen",
-    "seventeen",
-    "eighteen",
-    "nineteen",
-)
+TEENS = "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
+CHILD_AGES = (*ONES, *TEENS.split())
 CHILD = re.compile(rf"\b({'|'.join(CHILD_AGES)})(?=-years?-old\b| years? of age\b)")
 OLDEST = 120  # years
 BEHIND_AGE = r"(?=[,.;:)]|$| (?:with|who|has|had|presents|presented|and)\b)"  # not "a woman, 3 papules on the arm"

@@ -65,8 +65,7 @@ OF_ONE_VALUE = ("age", "sex", "site", "asymmetry", "border", "diagnosis", "malig
 # "clinical" says nothing of a picture before these
 NO_PICTURE = (
     r"(?!\w* (?:note|significan|issue|diagnos|history|context|correlation|trial|practice|impression|nurse|staff|"
-    r"team|relevance|concern|course|"
-    r"setting|management|decision|suspicion|dermatolog|record|stud))"
+    r"team|relevance|concern|course|setting|management|decision|suspicion|dermatolog|record|stud))"
 )
 HEADING = re.compile(r"\bmalignancy(?: status)?(?::| is| was)(?= (?:benign|pre|malignant))")  # it claims nothing itself
 

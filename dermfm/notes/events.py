@@ -98,8 +98,7 @@ PLAN = re.compile(
     r"warrant\w*|consider(?:ed)?|schedul\w*|indicated|necessary|must|ought|may|might|could|would|next|pending|"
     r"encouraged|urged|offered|discussed|arranged?|booked|propos\w+|request\w*|awaits?|awaiting|awaited|ordered|"
     r"please|if|decision|appropriate|can|to be|undergoing|for an? (?:\w+ )?(?:biopsy|histology|histopathology)|"
-    r"to confirm|to exclude|to rule out|"
-    r"following)\b"
+    r"to confirm|to exclude|to rule out|following)\b"
 )
 TO_SAY = (  # what should be thought or said of a lesion is no advice
     r"(?:considered|regarded|noted|interpreted|seen|called|classified|understood|mentioned|emphasi[sz]ed|stressed|"
@@ -132,8 +131,17 @@ ADVICE = (
         r"recommend|suggest|advise|reassure|follow up|review in|discharge)\b(?! (?:is|was|of|by)\b)"
     ),
 )
-
-
+CAUSED = re.compile(
+    r"\b(?:(?:caused|induced|triggered|brought about) by|(?:associated|linked) with|linked to|related to|"
+    r"factors?,? such as) (?:\w+ ){0,3}$"
+)  # a cause, not what happened
+TOLD_OF_KIN = re.compile(  # what makes the mention of a relative a family history or a report
+    r"\b(?:had|has|history|suffer\w*|died|diagnosed|affected|also|whose|similar|noticed|reports?|reported|says|said|"
+    r"states?|stated|told|saw|watch\w*|remember\w*|spotted|found|pointed|treated|melanoma|cancer|with)\b"
+)
+KIN = re.compile(
+    r"\b(?:mother|father|sister|brother|uncle|aunt|cousin|parents?|son|daughter|grand\w+|relatives?)\b[^.;]*$"
+)
 # What drugs are called
 DRUG = re.compile(
     r"\b\w{3,}(?:mab|nib|cillin|mycin|azole|trexate|statin|olol|pril|sone|olone|cycline|caine|quimod|parib)\b"
@@ -207,36 +215,9 @@ def _by_words(clean: str, blank: str) -> Iterator[tuple[str, str]]:
     for about in ("size", "symptom", "history", "treatment"):
         for term in said.found_words(blank, f"{about}_words"):
             before = blank[: blank.index(term)]
-            if about == "history" and (CAUSED.search(before) or (term in BYSTANDERS and not TOLD_OF_KIN.search(blank))):
+            if about == "history" and (
+                CAUSED.search(before) or (term in said.word_set("bystanders") and not TOLD_OF_KIN.search(blank))
+            ):
                 yield "other", term
             elif about != "treatment" or not KIN.search(before):
                 yield about, term
-
-
-CAUSED = re.compile(
-    r"\b(?:(?:caused|induced|triggered|brought about) by|(?:associated|linked) with|linked to|related to|"
-    r"factors?,? such as) (?:\w+ ){0,3}$"
-)  # a cause, not what happened
-BYSTANDERS = frozenset(
-    [
-        "wife",
-        "husband",
-        "spouse",
-        "partner",
-        "son",
-        "daughter",
-        "mother",
-        "father",
-        "parent",
-        "parents",
-        "carer",
-        "caregiver",
-    ]
-)
-TOLD_OF_KIN = re.compile(  # what makes the mention of a relative a family history or a report
-    r"\b(?:had|has|history|suffer\w*|died|diagnosed|affected|also|whose|similar|noticed|reports?|reported|says|said|"
-    r"states?|stated|told|saw|watch\w*|remember\w*|spotted|found|pointed|treated|melanoma|cancer|with)\b"
-)
-KIN = re.compile(
-    r"\b(?:mother|father|sister|brother|uncle|aunt|cousin|parents?|son|daughter|grand\w+|relatives?)\b[^.;]*$"
-)

@@ -25,7 +25,7 @@ SYMMETRY = re.compile(
     r"\b(?:(?:perfect|clear|good|complete|overall|marked|bilateral|high|near|full|absolute|great|remarkable|evident|"
     r"obvious|significant|noticeable|pronounced|striking|strong|slight|mild|moderate|definite|notable|visible|some|"
     r"a?symmetric(?:al)?|degree of|lack of|shows?|showing|displays?|displaying|exhibits?|exhibiting|demonstrates?|has|"
-    r"have|having|with|reveals?|there is|is|an?|lacks?|lacking|without|no|any|demonstrates|by|"
+    r"have|having|with|reveals?|there is|is|an?|lacks?|lacking|without|no|any|by|"
     r"devoid of) )+(?P<word>a?symmetry)\b(?! ?:| (?:is|was|score|index|axis|axes))"
     r"|\b(?P<about>a?symmetry) (?:about|along|in|across|on|around) (?:both|all|every|either|each|one|two|the two|any)\b"
     r"|\b(?P<seen>a?symmetry) (?:is|was) (?:\w+ly )?(?:present|seen|noted|evident|observed|apparent|visible|preserved|"
