@@ -8,16 +8,13 @@ from dermfm.notes.facts import terms
 
 TENS = {"twenty": 20, "thirty": 30, "forty": 40, "fifty": 50, "sixty": 60, "seventy": 70, "eighty": 80, "ninety": 90}
 ONES = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-NUMBER_WORD = rf"({'|'.join(TENS)})(?:[- ]({'|'.join(ONES)}))?\b"
-AGE_IN_WORDS = re.compile(
-    r"(?:(?<=aged )|(?<=man of )|(?<=girl of )|(?<=boy of )|(?<=lady of )|(?<=male of )|(?<=patient of ))"
-    rf"{NUMBER_WORD}|\b{NUMBER_WORD}(?=[- ]years?\b)"
-)
+NUMBER_WORD = rf"({'|'.join(TENS)})(?:[- ]({'|'.join(ONES)})|(?![- ](?:{'|'.join(ONES)})\b))\b"
+NUMBER_IN_WORDS = re.compile(rf"\b{NUMBER_WORD}")
 TEENS = "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
 CHILD_AGES = (*ONES, *TEENS.split())
 CHILD = re.compile(rf"\b({'|'.join(CHILD_AGES)})(?=-years?-old\b| years? of age\b)")
 OLDEST = 120  # years
-BEHIND_AGE = r"(?=[,.;:)]|$| (?:with|who|has|had|presents|presented|and)\b)"  # not "a woman, 3 papules on the arm"
+BEHIND_AGE = r"(?=[,.;:)]|$| (?:with|who|has|had|presents|presented|and|stop)\b)"  # not "a woman, 3 papules on the arm"
 AGES = (
     re.compile(r"\b(\d{1,3})[- ]years?[- ]?olds?\b"),
     re.compile(r"\b(\d{1,3}) years of age\b"),
@@ -28,18 +25,21 @@ AGES = (
         rf"\b(?:man|woman|male|female|boy|girl|lady|gentleman)(?:,? of |, | \(|, aged? | )(\d{{1,3}}){BEHIND_AGE}"
     ),
     re.compile(
-        rf"\b(?:he|she|patient|woman who|man who|girl who|boy who|female who|male who) (?:is|"
-        rf"was) (\d{{1,3}}){BEHIND_AGE}"
+        rf"\b(?:he|she|patient|woman who|man who|girl who|boy who|female who|male who|(?:mrs?|ms)\.? \w+),? (?:is|"
+        rf"was|is now|now|being) (\d{{1,3}}){BEHIND_AGE}"
     ),
     re.compile(
         r"\b(?:patient|man|woman|male|female|person|individual)(?: of| aged)? (?:about|around|approximately|roughly|"
         r"nearly|almost|some) "
         r"(\d{1,3})\b(?! ?(?:mm|cm|%))"
     ),
-    re.compile(r"(?:^|[,;(.] ?)(\d{1,3}) ?(?:y|yrs?|years?)(?=[.,;)]|$)"),
+    re.compile(r"(?:^|[,;(.] ?|male ?)(\d{1,3}) ?(?:y|yrs?|years?)(?=[.,;)]|$)"),
     re.compile(
-        r"\b(?:patient|man|woman|male|female|person|boy|girl|lady|gentleman|individual|adult) of (\d{1,3})\b(?! ?[mc]m)"
+        r"\b(?:patient|man|woman|male|female|person|boy|girl|lady|gentleman|gent|chap|fellow|individual|adult) of (\d{1,3})\b(?! ?[mc]m)"
     ),
+    re.compile(r"\b(\d{2,3})(?: /|,) (?:wo)?man\b"),
+    re.compile(r"\b(?:fe)?male / (\d{2,3})\b"),
+    re.compile(r"\bpatient, (\d{1,3})(?=[.,;]|$)(?!, \d)"),
     re.compile(r"[a-z](?:, | \()(\d{1,3})(?=, (?!\d)|\)|\.?$|, and\b)(?! ?(?:mm|cm))"),
 )  # each with the number
 
@@ -51,7 +51,11 @@ def ages(clean: str) -> list[str]:
 
 def age_words(clean: str, words: list[str]) -> list[str]:
     """Those of the words for an age that tell today's: not "since her teens" or "as a child"."""
-    return [w for w in words if not re.search(rf"\b(?:since|as an?|until|during)(?: \w+)? {w}\b", clean)]
+    return [
+        w
+        for w in words
+        if not re.search(rf"\b(?:since|until|during{'' if age_band(w).stop > 60 else '|as an?'})(?: \w+)? {w}\b", clean)
+    ]
 
 
 def age_band(word: str) -> range:
@@ -61,10 +65,9 @@ def age_band(word: str) -> range:
 
 
 def in_figures(clean: str) -> str:
-    """The text with an age in words written in figures ("fifty-five years" → "55 years")."""
+    """The text with numbers in words from twenty on, and the ages of children, in figures ("fifty-five" → "55")."""
 
     def figures(match: re.Match[str]) -> str:
-        tens, ones = match[1] or match[3], match[2] or match[4]
-        return str(TENS[tens] + (ONES.index(ones) + 1 if ones else 0))
+        return str(TENS[match[1]] + (ONES.index(match[2]) + 1 if match[2] else 0))
 
-    return CHILD.sub(lambda m: str(CHILD_AGES.index(m[1]) + 1), AGE_IN_WORDS.sub(figures, clean))
+    return CHILD.sub(lambda m: str(CHILD_AGES.index(m[1]) + 1), NUMBER_IN_WORDS.sub(figures, clean))

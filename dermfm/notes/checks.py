@@ -31,6 +31,7 @@ from dermfm.notes.claims import WORD, normalise, phrases_of, sentences, states_p
 from dermfm.notes.facts import APPEARANCE, Facts, split_words, terms
 from dermfm.notes.invented import class_of_facts, personal_details, unsupported
 from dermfm.notes.shape import shape_claims
+from dermfm.notes.spelling import put_right
 from dermfm.notes.talk import talk
 from dermfm.records.vocabulary import CLASS_CODES
 
@@ -48,7 +49,7 @@ OTHER_IMAGE = {
     "dermoscopic": re.compile(
         r"\b(?:clinical(?:ly)?|macroscopic|non-dermoscopic|naked-eye),? (?:close-up,? |overview,? |"
         r"non-dermoscopic,? |macro |digital |standard |smartphone |colou?r )?"
-        r"(?:image|photo|picture|photograph|photography|view|shot|close-up)s?\b|\bnon-?derm(?:at)?oscop\w+"
+        r"(?:image|photo|picture|photograph|photography|view|shot|snapshot|snap|frame|pic|close-up)s?\b|\bnon-?derm(?:at)?oscop\w+"
         r"|\bwithout (?:a |the )?(?:derm(?:at)?oscop\w+)"
     ),
     "clinical": re.compile(
@@ -66,6 +67,11 @@ OF_ONE_VALUE = ("age", "sex", "site", "asymmetry", "border", "diagnosis", "malig
 NO_PICTURE = (
     r"(?!\w* (?:note|significan|issue|diagnos|history|context|correlation|trial|practice|impression|nurse|staff|"
     r"team|relevance|concern|course|setting|management|decision|suspicion|dermatolog|record|stud))"
+)
+# "has a small nose": what somebody looks like, not where the lesion is
+OF_THE_PERSON = re.compile(
+    r"\b(?:has|had|have|having|with|and) an? (?:very )?(?:small|large|big|symmetric(?:al)?|asymmetric(?:al)?|delicate|normal|pretty|"
+    r"round|long) $"
 )
 HEADING = re.compile(r"\bmalignancy(?: status)?(?::| is| was)(?= (?:benign|pre|malignant))")  # it claims nothing itself
 
@@ -99,7 +105,7 @@ def find_faults(text: str, facts: Facts, rules: Rules = Rules()) -> list[str]:
 
 def examine(text: str, facts: Facts, rules: Rules = Rules()) -> list[Fault]:
     """Every fault of the note: of the whole text, sentence by sentence, and where it contradicts itself."""
-    clean = normalise(text)
+    clean = put_right(normalise(text), facts)
     if len(WORD.findall(clean)) < 3:
         return [Fault("empty")]
     faults = list(_form_faults(clean, rules))
@@ -107,7 +113,7 @@ def examine(text: str, facts: Facts, rules: Rules = Rules()) -> list[Fault]:
     own = set(_own_contradictions(clean, facts))
     people = [personal_details(sentence) for sentence in sentences(text)]
     for place, (sentence, person) in enumerate(zip(sentences(text), people, strict=True)):
-        plain = normalise(sentence)
+        plain = put_right(normalise(sentence), facts)
         head, _, tail = plain.partition(": ")
         is_talk = bool(talk(plain)) and (not tail or bool(talk(tail)))  # its odd words are no facts
         told = tail if tail and talk(head) and not is_talk else plain  # "Here is the note: …"
@@ -247,6 +253,8 @@ def _places(sentence: str) -> set[str]:
 def _is_idle(clean: str, match: re.Match[str]) -> bool:
     """Whether a place is named without the lesion being put there."""
     at = match.start()
+    if OF_THE_PERSON.search(clean[:at]) is not None:
+        return True
     return said.is_negated(clean, at, match.end()) or said.is_aside(clean, at) or said.is_of_all(clean, at)
 
 
@@ -257,7 +265,8 @@ def _against_diagnosis(clean: str, given: str) -> Iterator[str]:
             yield f"not {claim.term}"
         elif claim.group != code and not claim.negated and not claim.aside and claim.term not in given:
             yield claim.term
-    if code == "MEL" and (found := re.search(r"\bnon-?melanoma", clean)) is not None:
+    found = re.search(r"\bnon-?melanoma", clean) if code == "MEL" else None
+    if found is not None and not said.is_aside(clean, found.start()):
         yield found[0]
     if (denied := denied_head(clean, given)) is not None:
         yield f"not {denied}"
@@ -269,7 +278,7 @@ def _against_diagnosis(clean: str, given: str) -> Iterator[str]:
             and match[0] not in given
         ):
             yield match[0]
-    for one, other in (("in situ", "invasive"), ("invasive", "in situ")):
+    for one, other in (("in situ", "invasive"), ("invasive", "in situ"), ("invasive", "is a non-invasive")):
         if one in given and other not in given and states_phrase(clean, other):
             yield other
 

@@ -49,7 +49,7 @@ DENIED_BEHIND = re.compile(
     r"features?))?(?:(?:,| and| or|,? nor) (?!but\b|which\b|though\b|it\b)[\w -]{3,30}?){0,2}"
     r"(?: (?:is|was|are|were|has been|have been|can be|could be)| (?=not)| can(?= ?not)| could(?= not)) "
     r"(?:(?!not\b|never\b|excluded\b)\w+ )?"
-    r"(?:absent|missing|lacking|spared|unaffected|uninvolved|excluded|unlikely|ruled out|dismissed|rejected|improbable|"
+    r"(?:absent|missing|lacking|wanting|nowhere (?:to be )?(?:found|seen)|spared|unaffected|uninvolved|excluded|unlikely|ruled out|dismissed|rejected|improbable|"
     r"not (?:be )?(?:an? |the |in |on )?(?:\w+ )?(?:present|seen|found|visible|detected|made out|identified|discerned|"
     r"demonstrated|recogni[sz]ed|consideration|concern|issue|question|possibility|option|entertained|favou?red|"
     r"supported|evident|considered|apparent|the case|suspected|likely))\b"
@@ -57,6 +57,7 @@ DENIED_BEHIND = re.compile(
 NOT_ONLY = re.compile(r"\bnot (?=only|just|merely|simply|solely)")  # it denies nothing
 MARKUP = re.compile(r"\*+|(?<!\w)#+ |(?<=\s)[•-] ")  # of Markdown; it carries no word
 LAY = ("mole", "moles")  # what a patient calls a lesion, whatever it is: "noticed that a mole had changed"
+ASIDE_END = re.compile(r"[.!?;]\s|, (?=(?:which is |that is )?(?:a|one) (?:\w+ )?(?:type|form|kind) of )")
 BESIDE = re.compile(
     r"\b(?:in front of|near|next to|behind|below|beneath|above|beside|close to|adjacent to|beyond|towards?|over|"
     r"overlying|bordering) (?:the |his |her |their )?(?:left |right |upper |lower )*$"
@@ -69,7 +70,7 @@ FOUND_ON = re.compile(
 )
 # "melanoma risk" is said of no lesion
 OF_ANOTHER_NOUN = re.compile(
-    r" (?:risk|clinic|research|screening|awareness|prevention|cell line|centre|center|service|patient|specialist)s?\b"
+    r" (?:risk|survivor|biology|treatment|specialist|doctor|foundation|journal|institute|detection|clinic|research|screening|awareness|prevention|cell line|centre|center|service|patient|specialist)s?\b"
 )
 NOT_EXCLUDED = re.compile(  # a hedge that weighs the disease for this lesion, whatever stands before it
     r" (?:can ?not|can't|could not|couldn't) be (?:\w+ly )?(?:ruled out|excluded|dismissed)\b"
@@ -154,7 +155,7 @@ def is_negated(clean: str, start: int, end: int, reach: int = NEGATION_REACH) ->
 
 def is_aside(clean: str, start: int) -> bool:
     """Whether words like "such as" or "history of" shortly before `start` keep the term from being a claim."""
-    before = re.sub(r"\bin other words\b", "", re.split(r"[.!?;]\s", clean[:start])[-1])
+    before = re.sub(r"\bin other words\b", "", ASIDE_END.split(clean[:start])[-1])
     before = " ".join(before.split()[-HEARSAY_REACH:])
     return _list_pattern("asides").search(before) is not None
 

@@ -63,7 +63,7 @@ PAST = (
     re.compile(
         r"\b(?:may|might|must|could) have (?:\w+ly )?(?!been\b|contributed|caused|resulted)\w+ed\b|"
         r"\bpreviously (?:been )?(?:misdiagnosed|treated|"
-        r"biopsied|removed|excised|known)\b|\bthank you for referring\b"
+        r"biopsied|removed|excised|known)\b|\bthank(?:s| you) for (?:referring|sending|asking)\b"
     ),
     re.compile(rf"\b(?:has|have|had|having|'s|'ve) {OFTEN}(?:been {OFTEN}{BE_CHANGING}|{CHANGED})\b"),
     re.compile(
@@ -101,7 +101,7 @@ PLAN = re.compile(
     r"to confirm|to exclude|to rule out|following)\b"
 )
 TO_SAY = (  # what should be thought or said of a lesion is no advice
-    r"(?:considered|regarded|noted|interpreted|seen|called|classified|understood|mentioned|emphasi[sz]ed|stressed|"
+    r"(?:considered|regarded|classed|ruled|noted|interpreted|seen|called|classified|understood|mentioned|emphasi[sz]ed|stressed|"
     r"kept in mind|remembered|confused|distinguished|differentiated|correlated|read|viewed|thought|taken as|"
     r"reported|documented|described|labell?ed|named|recorded|assumed|used only|given|diagnosed|able|present|visible|"
     r"difficult|mistaken|cause|worry|guide|concern)"
@@ -130,6 +130,24 @@ ADVICE = (
         r"perform|treat|remove|protect|limit|watch|arrange|book|reassess|re-examine|stay|discontinue|use|keep|observe|"
         r"recommend|suggest|advise|reassure|follow up|review in|discharge)\b(?! (?:is|was|of|by)\b)"
     ),
+)
+# What talk tells of this patient, and what only of the trade of the one who talks
+CARE = re.compile(
+    r"treat|therap|chemo|radio|biops|surg|excis|remov|refer h|further ev|(?:we|patient|they) will be|seek"
+)
+CARE_AS_WORK = re.compile(
+    r"\b(?:a|as an?|the) (?:\w+ )?(?:dermatologist|doctor|specialist|surgeon)s? (?:who|treating|speciali\w+)|speciali[sz]|\btreating (?:a |the )?(?:patient|physician|doctor)|\bhistory of the patient|^please consult|"
+    r"\b(?:article|text|textbook|knowledge|techniques|sentence|information about|steps|successful treatment|context of|new|"
+    r"right|also describe|surgery center)\b"
+)
+OF_THE_LESION = re.compile(r"\b(?:lesion|melanoma|carcinoma|nevus|growth|tumou?r|spot|mole|keratosis|mm|cm)\b")
+HAPPENED = re.compile(
+    rf"{RECENT}|\bthank(?:s| you) for (?:referring|sending|asking|your referral)\b|\bpreviously been\b|"
+    r"\b(?:referred|sent) (?:to )?(?:me|us|her|him)\b|\breceived (?:\w+ )?referral\b"
+)
+HAD = (
+    r"\b(?:been|being|was|were|have|undergo\w* an?|completed an?|(?:patient|man|woman|male|female|he|she) (?:with|has|had) an?)"
+    r"(?: \w+ly| skin)? "
 )
 CAUSED = re.compile(
     r"\b(?:(?:caused|induced|triggered|brought about) by|(?:associated|linked) with|linked to|related to|"
@@ -182,17 +200,14 @@ def _is_planned(clean: str) -> bool:
     return PLAN.search(clean) is not None or ADVICE[-1].search(clean) is not None
 
 
-def happened(clean: str, term: str) -> bool:
-    """Whether the term is told as what was done or had: "I was referred to you" tells of a referral."""
-    return (
-        re.search(
-            rf"{RECENT}|\bthank you for referring\b|\bpreviously been\b|\b(?:been|being|was|were|have|"
-            rf"undergo\w* an?|(?:patient|man|woman|male|female|he|she) (?:with|has|"
-            rf"had) an?)(?: \w+ly)? {re.escape(term)}\b",
-            clean,
-        )
-        is not None
-    )
+def told_to_somebody(clean: str, about: str, term: str) -> bool:
+    """Whether a sentence that is talk tells the event of this patient: "I was referred to you" tells of a referral,
+    "your treatment will be successful" of a treatment, "this is no medical advice" of nothing."""
+    if about == "size":
+        return OF_THE_LESION.search(clean) is not None
+    if about == "treatment" and CARE.match(term) and not CARE_AS_WORK.search(clean):
+        return True
+    return HAPPENED.search(clean) is not None or re.search(HAD + re.escape(term) + r"\b", clean) is not None
 
 
 def _spans_of_time(clean: str, blank: str, facts: Facts) -> Iterator[tuple[str, str]]:

@@ -9,8 +9,9 @@ from collections.abc import Iterator, Mapping
 from dermfm.notes import claims as said
 from dermfm.notes.ages import age_words, ages
 from dermfm.notes.claims import WORD, phrases_of, without, word_set
-from dermfm.notes.events import MONTHS, events, happened, past_events
+from dermfm.notes.events import MONTHS, events, past_events, told_to_somebody
 from dermfm.notes.facts import APPEARANCE, Facts, split_words, terms
+from dermfm.notes.shape import shape_claims
 
 LIST_MARK = re.compile(r"^\W*(?:\d{1,2}|[a-e])[.)]\s*|^\W*\d{1,2}\W*$|\s\d{1,2}\.$")  # "1. Site: back"
 NO_LOOK = re.compile(  # "regular checks", "2 mm thick"
@@ -28,9 +29,34 @@ LOOKS_LIKE = re.compile(
     r"|\b(?:two|three|four|several|different|distinct) (?:\w+ )?(?:zones|layers|patterns)\b"
 )
 ANYWHERE = re.compile(r"\b(?:any|all) (?:part|area|region)s? of the (?:human )?(?:body|skin)\b")
+# What a sentence that is talk otherwise may say of the disease ("I write about a patient with a very rare condition")
+OF_A_DISEASE = re.compile(
+    r"\b(?:lesion|skin|condition|disease|disorder|tumou?r|growth|nevus|\w+oma|keratos[ei]s|cancer)s?\b"
+)
+OF_DISEASES = frozenset(
+    [
+        "rare",
+        "uncommon",
+        "common",
+        "aggressive",
+        "severe",
+        "mild",
+        "spread",
+        "prevalent",
+        "mutation",
+        "gene",
+        "risk",
+        "prognosis",
+        "survival",
+        "dangerous",
+        "deadly",
+        "fatal",
+        "stage",
+    ]
+)
 UNLIKE = re.compile(r"\b(?:unlike|as opposed to|in contrast to)(?: \w+){0,3} $")
 PERSONAL: tuple[tuple[str, re.Pattern[str]], ...] = (
-    ("name", re.compile(r"\b(?:Mr|Mrs|Ms|Miss|Dr|Prof)\b\.?|\bDear (?!Sir|Madam|Colleague|Doctor|Patient)[A-Z]|"
+    ("name", re.compile(r"\b(?:Mr|Mrs|Ms|Miss|Dr|Prof)\b\.? ?(?=[A-Z\[])|\bDear (?!Sir|Madam|Colleague|Doctor|Patient)[A-Z]|"
      "\b[Nn]ame(?:d| is|:) [A-Z][a-z]+")),
     ("date", re.compile(
         rf"\b\d{{1,2}}(?:st|nd|rd|th)?\.? (?:of )?(?:{MONTHS}|(?:jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|"
@@ -45,7 +71,7 @@ PERSONAL: tuple[tuple[str, re.Pattern[str]], ...] = (
         r"(?:no|nr|number|id|#)\b\.?[:#\s]*[\w/-]*\d", re.IGNORECASE)),
     ("id", re.compile(r"\b\d{6,}\b|\b\d{3}-\d{2}-\d{3,4}\b")),
     ("id", re.compile(r"\b(?:MRN|SSN|[Pp]atient (?:ID|id|number)|[Cc]ase number|ID)[:#\s]*\w*\d\w*")),
-    ("id", re.compile(r"\b[A-Z]{2,5}[_-]\d{3,}")),
+    ("id", re.compile(r"\b[A-Z]{2,5}[_-]\d{3,}|\b(?:[Tt]icket|[Rr]ef|[Cc]laim|[Pp]olicy)\b\.?(?: no\.?| number)?[:#\s]*\d[\w/-]{3,}")),
     ("id", re.compile(
         r"\b(?:accession|specimen|slide|block|request|reference|ref|sample|study|image|"
         r"lab)\b[^.;]{0,12}\b[A-Z]*\d[\dA-Z]*"
@@ -93,14 +119,14 @@ def unsupported(
     `is_talk`: the sentence is at fault as a whole already, and its odd words say nothing more. `is_wrong`: it
     contradicts a fact, so that its tenses tell nothing either.
     """
-    told = [event for event in events(clean, facts) if not is_talk or happened(clean, event[1])]
+    told = [event for event in events(clean, facts) if not is_talk or told_to_somebody(clean, *event)]
     told += _by_fact(clean, facts, sees)
     if not sees:
         told += _appearance(clean, facts)
     if not told and not is_talk and not is_wrong:
         told += past_events(clean)
     told += _general(clean, facts)
-    known = _given_words(facts)
+    known = given_words(facts)
     if "age" in facts:
         known |= set(terms()["age_bands"])
     if sees:
@@ -111,7 +137,11 @@ def unsupported(
         ("other", word)
         for word in _strange(said.without_words(_without_given_look(clean, facts), "idle_phrases"), known | explained)
     ]
-    told = [(about, term) for about, term in dict.fromkeys(told) if about != "other" or not is_talk]
+    told = [
+        (about, term)
+        for about, term in dict.fromkeys(told)
+        if about != "other" or not is_talk or (OF_A_DISEASE.search(clean) and term in OF_DISEASES)
+    ]
     yield from (("unsupported", about, term) for about, term in told)
 
 
@@ -121,7 +151,7 @@ def _general(clean: str, facts: Facts) -> Iterator[tuple[str, str]]:
     yield from (("other", term) for term in said.found_words(blank, "general_talk"))
     for claim in said.claims(blank, "alarm_names"):
         denied = claim.negated and "malignancy" in facts
-        if (facts.get("malignancy") or "benign") == "benign" and not denied and claim.term not in _given_words(facts):
+        if (facts.get("malignancy") or "benign") == "benign" and not denied and claim.term not in given_words(facts):
             yield "other", claim.term
 
 
@@ -187,7 +217,7 @@ def _appearance(clean: str, facts: Facts) -> Iterator[tuple[str, str]]:
             plain = claim.group == "brown" and any("brown" in g for g in given)
             if claim.group not in given and not plain and not claim.negated:
                 yield "appearance", claim.term
-    own = _given_words(facts) | _entailed(facts)
+    own = given_words(facts) | _entailed(facts)
     blank = NO_LOOK.sub(lambda m: "_" * len(m[0]), said.without_words(blank, "history_words"))
     blank = _without_other_look(_without_given_look(blank, facts), facts)
     yield from (("appearance", term) for term in said.found_words(blank, "appearance_words") if term not in own)
@@ -205,7 +235,10 @@ def _entailed(facts: Facts) -> set[str]:
 
 
 def _without_given_look(clean: str, facts: Facts) -> str:
-    """The sentence without the terms that say given attributes: "a bright red", "fading border"."""
+    """The sentence without the terms that say given attributes ("a bright red", "fading border"), or contradict them."""
+    for name in ("asymmetry", "border"):
+        for _, term in shape_claims(clean, facts, name) if name in facts else ():
+            clean = clean.replace(term.removeprefix("not "), "_" * len(term.removeprefix("not ")), 1)
     for name in APPEARANCE:
         names = f"{name[:-1]}_names" if name in ("colours", "structures") else f"{name}_names"
         for claim in said.claims(clean, names) if name in facts else ():
@@ -232,7 +265,7 @@ def _strange(clean: str, known: set[str]) -> Iterator[str]:
     clean = LIST_MARK.sub("", clean)
     if clean[-1:].isalnum():
         clean = clean.rpartition(" ")[0]  # a text that was cut short ends within a word
-    plain = _plain_words()
+    plain = plain_words()
     for found in dict.fromkeys(WORD.findall(clean)):
         word = found.removesuffix("'s").rstrip(".")
         singular = word.removesuffix("s")
@@ -256,7 +289,7 @@ def _place_behind() -> re.Pattern[str]:
 
 
 @functools.cache
-def _plain_words() -> frozenset[str]:
+def plain_words() -> frozenset[str]:
     return _all_listed() | word_set("plain_words") | word_set("function_words")
 
 
@@ -278,10 +311,10 @@ def _all_listed() -> frozenset[str]:
 
 @functools.cache
 def _known_words() -> frozenset[str]:
-    return _plain_words() | word_set("eponyms")
+    return plain_words() | word_set("eponyms")
 
 
-def _given_words(facts: Mapping[str, str]) -> set[str]:
+def given_words(facts: Mapping[str, str]) -> set[str]:
     """Every word of the facts' values, and simple plurals of them."""
     words = {word for value in facts.values() for word in WORD.findall(said.normalise(value))}
     for name in ("same_diagnosis", "site_aliases"):

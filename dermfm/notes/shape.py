@@ -17,31 +17,35 @@ Claims = list[tuple[str, str]]  # (word of the options or "not WORD", term)
 OPPOSITE = {"symmetric": "asymmetric", "asymmetric": "symmetric"}
 PARTLY = re.compile(
     r"\b(?:partly|partially|in part|in parts|in places|in some|on one side|elsewhere|in others|focally|while|whereas|"
-    r"at one|along one|one part|some parts?|other parts?|some areas|other areas|some stretches|others|half|varies|"
-    r"variable|variably|here and|alternat\w+|both)\b"
+    r"at one|along one|one part|some parts?|other parts?|some areas|other areas|some stretches|others|half|varies|here\b.*\bthere|neither|"
+    r"variable|variably|here and|alternat\w+|both|part of)\b"
 )
 # "shows perfect symmetry" says symmetric; "symmetry: …" and "the asymmetry is …" only name what follows
 SYMMETRY = re.compile(
     r"\b(?:(?:perfect|clear|good|complete|overall|marked|bilateral|high|near|full|absolute|great|remarkable|evident|"
     r"obvious|significant|noticeable|pronounced|striking|strong|slight|mild|moderate|definite|notable|visible|some|"
-    r"a?symmetric(?:al)?|degree of|lack of|shows?|showing|displays?|displaying|exhibits?|exhibiting|demonstrates?|has|"
+    r"a?symmetric(?:al)?|degree of|lack of|severe|maintained|preserved|shows?|showing|displays?|displaying|exhibits?|exhibiting|demonstrates?|has|"
     r"have|having|with|reveals?|there is|is|an?|lacks?|lacking|without|no|any|by|"
     r"devoid of) )+(?P<word>a?symmetry)\b(?! ?:| (?:is|was|score|index|axis|axes))"
     r"|\b(?P<about>a?symmetry) (?:about|along|in|across|on|around) (?:both|all|every|either|each|one|two|the two|any)\b"
     r"|\b(?P<seen>a?symmetry) (?:is|was) (?:\w+ly )?(?:present|seen|noted|evident|observed|apparent|visible|preserved|"
     r"maintained|found)\b"
+    r"|\b(?P<kept>a?symmetry)(?: -|:)? (?:present|kept|maintained|preserved|evident|seen|noted|intact)\b"
+    r"|(?:^|, )(?P<listed>a?symmetry)(?=, |[.;]|$)"
+    r"|\b(?:its|the lesion's) (?P<own>a?symmetry)\b(?! ?:| (?:is|was|score|index|axis|axes|or|and border)\b)"
 )
 HALVES = {
     "asymmetric": re.compile(
         r"\b(?:halves|sides|parts)(?: of (?:the|this) lesion| of it)? (?:\w+ )?(?:do not|don't|does not|fail to|"
         r"are not|aren't|hardly|never|differ|are (?:un|dif)\w+)(?! differ)|\b(?:is|are|looks?|appears?) (?:lopsided|"
         r"skewed|off-balance)\b"
+        r"|\bhalves (?:\w+ ){0,2}nothing alike|\bdevoid of symmetry"
         r"|\bnot (?:a |the )?mirror|\bneither half (?:mirrors|matches)|\bone half (?:\w+ ){0,2}(?:unlike|differ|not)"
     ),
     "symmetric": re.compile(
-        r"\b(?:matching|equal|identical|congruent) halves\b|\bhalves (?:of (?:the|this|its) \w+ |of it )?"
+        r"\b(?:matching|equal|identical|congruent|like) halves\b|\bhalves (?:of (?:the|this|its) \w+ |of it )?"
         r"(?:\w+ly )?(?:match|mirror|correspond|agree|are (?:\w+ly )?(?:alike|equal|identical|the same|"
-        r"mirror|congruent|matching)|look (?:alike|the same|equal))|\bmirror images? of (?:each|"
+        r"mirror|congruent|matching)|look (?:alike|the same|equal))|\bmirrors? itself|\bmirror images? of (?:each|"
         r"one an)other"
     ),
 }
@@ -54,7 +58,7 @@ DRAWN = (
     r"separated|set off|contoured|traced|marked|edged|drawn|visible|distinguishable|discernible|recogni[sz]able)"
 )
 CRISP = (
-    r"(?:sharp|crisp|clean|clear|distinct|neat|precise|definite|well-defined|well-demarcated|well-circumscribed|"
+    r"(?:sharp|razor-sharp|knife-sharp|crisp|clean|clear|distinct|neat|precise|definite|well-defined|well-demarcated|well-circumscribed|"
     r"abrupt|clear-cut|clean-cut|"
     r"sharp-cut)"
 )
@@ -66,6 +70,7 @@ BE = r"(?:is|are|was|were|appears?|looks?|seems?|remains?|being|stays?)"
 BORDER = {
     "mixed": re.compile(
         rf"\b{EDGE}(?: \w+){{0,2}} {BE} (?:of (?:an? )?)?mixed\b(?! colou?r| with)|\bmixed (?:\w+ )?{EDGE}\b"
+        rf"|\bpartly {CRISP},? (?:and )?partly \w+|\b{EDGE},? (?:\w+ )?of (?:an? |the )?mixed\b(?! colou?r| hue| shade| tone)|\b{EDGE}(?: \w+){{0,2}} (?:neither|not) (?:\w+ )?{CRISP} n?or (?:\w+ )?\w+"
     ),
     "sharp": re.compile(
         rf"\b(?:sharply|crisply|clearly|well|neatly|cleanly|precisely|distinctly|abruptly|strictly|"
@@ -73,6 +78,7 @@ BORDER = {
         rf"|\b{CRISP}(?:,? (?:and )?\w+)?,? {EDGE}\b|\b{EDGE}(?: \w+){{0,3}} {BE} (?:\w+ly |very |quite |"
         rf"rather )?{CRISP}\b"
         rf"|\b(?:ends?|stops?|ceases?|terminat\w+) abruptly|\b{EDGE} (?:that |which )?(?:is|are) clearly visible"
+        rf"|\b{EDGE}:? {CRISP}(?=[.,;]|$)|\b(?:cut|drawn) (?:out )?as (?:if|though)? ?(?:with|by) an? (?:knife|ruler|compass|blade|scalpel|pen)"
         rf"|\b{EDGE} can be (?:traced|followed|drawn) (?:easily|clearly|precisely|all)"
     ),
     "indistinct": re.compile(
@@ -85,11 +91,12 @@ BORDER = {
         r"(?:\w+ ){0,2}?(?:into|out|away|off|gradually|imperceptibly|seamlessly) (?:\w+ ){0,3}?(?:skin|surround\w+|"
         rf"neighbou?r\w+|background|environment|tissue)|\b{EDGE} (?:that |which )?(?:\w+ly )?(?:melts?|fades?|blends?|"
         rf"merges?|"
-        r"dissolves?|trails?|shades?|blurs?|peters?|bleeds?)\b"
+        r"dissolves?|trails?|shades?|blurs?|peters?|bleeds?|fading|blurred|smudged|melting|dissolving|(?:dies?|peters?) out)\b"
+        rf"|\b{EDGE}:? {BLURRED}(?=[.,;]|$)"
         rf"|\b(?:hard|difficult|impossible) to (?:\w+ )?(?:trace|tell|define|discern|delineate|make out|follow|"
         rf"determine)\b"
         rf"|\b(?:no|without an?|lacks? an?|lacking an?) (?:\w+ )?(?:sharp|clear|crisp|distinct|discernible|"
-        rf"definite) {EDGE}"
+        rf"definite|definable|clear-cut) {EDGE}"
     ),
 }  # fmt: skip
 
@@ -106,11 +113,11 @@ def _symmetry(sentence: str) -> Claims:
     told = [c for c in said.claims(sentence, "asymmetry_names") if not _is_of_a_limb(sentence, c)]
     found = [(OPPOSITE[c.group], f"not {c.term}") if c.negated else (c.group, c.term) for c in told]
     noun = SYMMETRY.search(sentence)
-    word = noun and (noun["word"] or noun["about"] or noun["seen"])
+    word = noun and next(filter(None, noun.groups()))
     if noun and word and not any(word in claim.term for claim in told):
         group = "asymmetric" if word == "asymmetry" else "symmetric"
         at = noun.start() + noun[0].index(word)
-        denied = said.is_negated(sentence, at, noun.end()) or "lack of" in noun[0]
+        denied = said.is_negated(sentence, at, noun.end()) or re.search(r"\b(?:lack|devoid) of\b", noun[0]) is not None
         found.append((OPPOSITE[group] if denied else group, noun[0]))
     if not found:
         found = [(group, m[0]) for group, pattern in HALVES.items() if (m := pattern.search(sentence))][:1]
@@ -119,7 +126,11 @@ def _symmetry(sentence: str) -> Claims:
 
 def _is_of_a_limb(sentence: str, claim: said.Claim) -> bool:
     """Whether a part of the body is called so, not the lesion: "a symmetrical upper extremity"."""
-    return said.places_pattern().match(sentence, claim.start + len(claim.term) + 1) is not None
+    place = said.places_pattern().match(sentence, claim.start + len(claim.term) + 1)
+    return (
+        place is not None
+        and re.match(r" (?:skin )?(?:lesion|\w+oma|nevus|growth|tumou?r)", sentence[place.end() :]) is None
+    )
 
 
 def _border(sentence: str) -> Claims:
@@ -132,6 +143,8 @@ def _border(sentence: str) -> Claims:
             denied = said.is_negated(sentence, match.start(), match.end())
             found.append((f"not {group}" if denied else group, match[0]))
     named = {group.removeprefix("not ") for group, _ in found}
+    if ("mixed", "mixed") in [(group, term.split()[-1]) for group, term in found] and {"sharp", "indistinct"} < named:
+        return [("mixed", "mixed")]  # "mixed: sharp above and indistinct below"
     if len(named) > 1 and PARTLY.search(sentence):
         return [("mixed", "partly")]
     return found

@@ -11,7 +11,7 @@ ABBREVIATIONS = {
     "h/o": "history of", "s/p": "history of", "tx": "treatment", "rx": "treatment", "bx": "biopsy",
     "f/u": "follow-up", "rtc": "return to clinic", "c/o": "complains of", "r/o": "rule out", "w/o": "without",
     "ue": "upper extremity", "le": "lower extremity", "df": "dermatofibroma", "scc": "squamous cell carcinoma",
-    "bcc": "basal cell carcinoma", "ssm": "superficial spreading melanoma", "mis": "melanoma in situ",
+    "bcc": "basal cell carcinoma", "ssm": "superficial spreading melanoma", "mis": "melanoma in situ", "ka": "keratoacanthoma",
 }  # fmt: skip
 SHADE = r"(light|dark)"
 OF_A_LIMB = r"(?=(?:hand|neck|head|knee|foot|ear|leg|thigh|arm|forearm)s?\b)"
@@ -32,7 +32,12 @@ def _of_sex(letter: str, sex: str) -> list[tuple[str, str]]:
 # What it looks like in lower case, and what it stands for; in this order
 PATTERNS = [
     (r"\b(\d{1,3}) ?-?(?:y/o|y\.o\.?|yo|yrs?[- ]old)\b", r"\1-year-old"),
-    (r"\b(\d{1,3}) ?(?:yrs?)\b\.?", r"\1 years"),
+    (r"\b(\d{1,3}) ?(?:yrs?)\b(?:\.(?! ?$))?", r"\1 years"),
+    (r"♂", " male "),
+    (r"♀", " female "),
+    (r"(?:^|(?<=[,;:] ))m ?(\d{2})(?=\W|$)", r"\1-year-old male"),
+    (r"(?:^|(?<=[,;:] ))f ?(\d{2})(?=\W|$)", r"\1-year-old female"),
+    (r"\b(upper|lower) ext\b\.?(?! ?$)", r"\1 extremity"),
     (r"\b(\d{1,3}) ?y(?:rs?|ears?)?\.?(?: old)? (?=(?:fe)?male\b|(?:wo)?man\b|[mf]\b)", r"\1-year-old "),
     (r"\bx ?(\d+) ?(?:y|yrs?)\b", r"for \1 years"),
     *_of_sex("m", "male"),
@@ -43,13 +48,34 @@ PATTERNS = [
     (r"\bderm\. (?=image|photo|picture)", "dermoscopic "),
     (r"\bmalig\.", "malignant"),
     (r"\bw/ ", "with "),
+    (r"\bc/w\b", "consistent with"),
+    (r"\bdk\b\.?", "dark"),
+    (r"\blt\b\.? (?=brown)", "light "),
+    (r"\basymm\b\.?", "asymmetric"),
+    (r"\bsymm\b\.?", "symmetric"),
+    (r"\bimg\b\.?", "image"),
+    (r"\bfoto\b", "photo"),
+    (r"\basym\b\.?", "asymmetric"),
+    (r"\bsym\b\.?", "symmetric"),
+    (r"\bh ?& ?n\b", "head and neck"),
+    (r"\bhead(?:-or-|-)neck\b", "head or neck"),
+    (r"\bmasculine\b", "male"),
+    (r"\bbrn\b", "brown"),
+    (r"\bblk\b", "black"),
+    (r"/ f /", "/ female /"),
+    (r"/ m /", "/ male /"),
+    (r"\bfeminine\b", "female"),
     (r"\bi\.e\.(?=[ ,])", "that is"),
     (r"\be\.g\.(?=[ ,])", "such as"),
     (r"\banything but\b", "not"),
+    (r"\bin association with\b", "associated with"),
+    (rf"\b{SHADE} ?[+&] ?{SHADE} brown\b", r"\1 brown and \2 brown"),
+    (r"\bsymmetry(?::| -) (?:none|absent|no)\b", "asymmetric"),
     (r"\bin[- ]situ\b", "in situ"),
     (r"\bmid-(?=\w+ties\b|teens\b)", "mid "),
     (r"\b(squamous|basal)-cell\b", r"\1 cell"),
     (r"\b(?:a |an )?(?:sk|seb\.? ?k)\b(?!-)", "seborrheic keratosis"),
+    (r"\bseb\.? (?=keratos|wart)", "seborrheic "),
     (r"(?<!-)\bak\b(?!-)", "actinic keratosis"),
     (rf"\b(?:the )?backs? of (?:the |his |her |their )?{OF_A_LIMB}", "the "),
     (r"\basymmetry: ?(?:yes|present|seen|\+)(?=\W|$)", "asymmetric"),
@@ -71,4 +97,4 @@ def written_out(plain: str) -> str:
     plain = _ABBREVIATED.sub(lambda m: ABBREVIATIONS[m[0]], plain)
     for pattern, words in _PATTERNS:
         plain = pattern.sub(words, plain)
-    return plain
+    return " ".join(plain.split())

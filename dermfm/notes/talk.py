@@ -81,6 +81,7 @@ TALK = tuple(
         r"\b(?:ai|language model|chatbot|virtual assistant|training data|artificial intelligence)\b",
         r"\b(?:disclaimer|(?:educational|informational|illustrative|illustration) purposes|(?:medical|"
         r"professional) advice|please)\b",
+        r"\b(?:rather|prefer) not (?:to )?(?:commit|say|answer)\b|\bnot proofread\b|\bhappy to help\b",
         r"\b(?:substitute|replacement) for\b|\bnot (?:a|an) (?:\w+ )?(?:diagnosis by|consultation)\b",
         r"^\W*(?:and )?my name is\b|\bi(?:'m| am) an? (?:\w+ )?(?:dermatologist|doctor|physician|clinician|nurse|"
         r"student)\b",
