@@ -68,9 +68,11 @@ NO_PICTURE = (
     r"(?!\w* (?:note|significan|issue|diagnos|history|context|correlation|trial|practice|impression|nurse|staff|"
     r"team|relevance|concern|course|setting|management|decision|suspicion|dermatolog|record|stud))"
 )
+# "tumours that can be benign or malignant"
+EITHER = re.compile(r"\bbenign(?:,| or| and|, or) malignant\b|\bmalignant (?:or|and) benign\b")
 # "has a small nose": what somebody looks like, not where the lesion is
 OF_THE_PERSON = re.compile(
-    r"\b(?:has|had|have|having|with|and) an? (?:very )?(?:small|large|big|symmetric(?:al)?|asymmetric(?:al)?|delicate|normal|pretty|"
+    r"\b(?:(?:has|had|have|having|with|and) an?|, a) (?:very )?(?:small|large|big|symmetric(?:al)?|asymmetric(?:al)?|delicate|normal|pretty|"
     r"round|long) $"
 )
 HEADING = re.compile(r"\bmalignancy(?: status)?(?::| is| was)(?= (?:benign|pre|malignant))")  # it claims nothing itself
@@ -111,6 +113,7 @@ def examine(text: str, facts: Facts, rules: Rules = Rules()) -> list[Fault]:
     faults = list(_form_faults(clean, rules))
     faults += [Fault("missing", name) for name in facts if not states(clean, name, facts)]
     own = set(_own_contradictions(clean, facts))
+    general = set(phrases_of("general_talk"))
     people = [personal_details(sentence) for sentence in sentences(text)]
     for place, (sentence, person) in enumerate(zip(sentences(text), people, strict=True)):
         plain = put_right(normalise(sentence), facts)
@@ -124,7 +127,7 @@ def examine(text: str, facts: Facts, rules: Rules = Rules()) -> list[Fault]:
         found += [("personal", about, term) for about, term in person]
         names = set(re.findall(r"\b[A-Z][a-z]+", sentence)) if any(people) else set()
         named = [f for f in found if f[1] != "other"]
-        rest = [f for f in found if f[1] == "other" and f[2].capitalize() not in names and not person]
+        rest = [f for f in found if f[1] == "other" and f[2].capitalize() not in names and not (person and f[2] not in general)]
         faults += [Fault(*fault, place) for fault in named or rest]
     absent = {fault.about for fault in faults if fault.kind == "missing"}
     own |= {f.about for f in faults if f.kind == "contradiction" and f.about in OF_ONE_VALUE} - absent
@@ -260,9 +263,12 @@ def _is_idle(clean: str, match: re.Match[str]) -> bool:
 
 def _against_diagnosis(clean: str, given: str) -> Iterator[str]:
     code = class_of(given)
+    names_given = any(c.group == code and c.term not in said.LAY for c in said.claims(clean, "class_names"))
     for claim in said.claims(clean, "class_names"):
         if claim.group == code and claim.negated and not claim.aside:
             yield f"not {claim.term}"
+        elif claim.term in said.LAY and names_given:
+            continue  # "the mole is a melanoma"
         elif claim.group != code and not claim.negated and not claim.aside and claim.term not in given:
             yield claim.term
     found = re.search(r"\bnon-?melanoma", clean) if code == "MEL" else None
@@ -310,8 +316,9 @@ def _malignancy_claims(clean: str, facts: Facts, asides: bool = False) -> list[s
 
     `asides`: also what the class is said to be in general ("melanoma is a cancer").
     """
-    idle = ("basal cell cancer", "squamous cell cancer")
+    idle = ("basal cell cancer", "squamous cell cancer", "lentigo maligna")
     blank = said.without_words(without(clean, [*said.names_of(facts), *idle]), "idle_phrases")
+    blank = EITHER.sub(lambda m: "_" * len(m[0]), blank)
     blank = HEADING.sub(lambda m: "_" * len(m[0]), blank)
     if "findings" in facts:
         blank = re.sub(
@@ -348,7 +355,13 @@ def _own_contradictions(clean: str, facts: Facts) -> Iterator[str]:
         held = {c.group for part in parts for c in _malignancy_of_it(part, facts) if _counts(c)}
     if len(held) > 1 or held & denied:
         yield "malignancy"
-    named = [c for s in sentences(clean) for c in said.claims(s, "class_names") if not c.aside]
+    of_each = [said.claims(s, "class_names") for s in sentences(clean)]
+    named = [
+        c
+        for found in of_each
+        for c in found
+        if not c.aside and not (c.term in said.LAY and any(other.term not in said.LAY for other in found))
+    ]
     classes = {c.group for c in named if not c.negated}
     mixed = {c.group for c in said.claims(facts.get("diagnosis", "").lower(), "class_names")}
     denied_own = any(denied_head(s, facts.get("diagnosis", "").lower()) for s in sentences(clean))

@@ -118,6 +118,8 @@ ADVICE = (
         r"indicated(?! by)|offered|proposed|prescribed|pending|awaited|sufficient|enough)\b"
     ),
     re.compile(
+        r"\b(?:requir|need|demand|deserv)\w* (?:an? |your |the |some |for an? )?(?:\w+ ){0,2}(?:examination|evaluation|attention|"
+        r"assessment|investigation|work-up|review|testing)\b|\b(?:refer|referring) (?:you|me) to (?:an?|my|the|our)\b|"
         r"\b(?:recommend(?:s|ed|ing|ations?)?|advis(?:e|es|ed|ing)|advice|schedul(?:e|es|ed|ing)|arrang(?:e|es|ed|"
         r"ing)|urg(?:e|es|ed|ing)|encourag(?:e|es|ed|ing)|instruct(?:s|ed|ing)|warrants?|"
         r"counsels?)\b(?! as| attention| concern| like)|\bplan(?:s|ned|ning)? (?:is|to|for|was|of)\b"
@@ -133,7 +135,7 @@ ADVICE = (
 )
 # What talk tells of this patient, and what only of the trade of the one who talks
 CARE = re.compile(
-    r"treat|therap|chemo|radio|biops|surg|excis|remov|refer h|further ev|(?:we|patient|they) will be|seek"
+    r"treat|(?:requir|need)\w* |referr?\w* (?:you|me) |therap|chemo|radio|biops|surg|excis|remov|refer h|further ev|(?:we|patient|they) will be|seek"
 )
 CARE_AS_WORK = re.compile(
     r"\b(?:a|as an?|the) (?:\w+ )?(?:dermatologist|doctor|specialist|surgeon)s? (?:who|treating|speciali\w+)|speciali[sz]|\btreating (?:a |the )?(?:patient|physician|doctor)|\bhistory of the patient|^please consult|"
@@ -143,7 +145,8 @@ CARE_AS_WORK = re.compile(
 OF_THE_LESION = re.compile(r"\b(?:lesion|melanoma|carcinoma|nevus|growth|tumou?r|spot|mole|keratosis|mm|cm)\b")
 HAPPENED = re.compile(
     rf"{RECENT}|\bthank(?:s| you) for (?:referring|sending|asking|your referral)\b|\bpreviously been\b|"
-    r"\b(?:referred|sent) (?:to )?(?:me|us|her|him)\b|\breceived (?:\w+ )?referral\b"
+    r"\b(?:referred|sent) (?:to )?(?:me|us|her|him)\b|\breceived (?:\w+ )?referral\b|"
+    r"\b(?:new|recent) (?:skin )?(?:lesion|growth|mole|spot)\b"
 )
 HAD = (
     r"\b(?:been|being|was|were|have|undergo\w* an?|completed an?|(?:patient|man|woman|male|female|he|she) (?:with|has|had) an?)"

@@ -54,6 +54,13 @@ OF_DISEASES = frozenset(
         "stage",
     ]
 )
+MIXED_COLOURS = re.compile(r"\bmixed colou?r\w*|\b(?:mix|mixture) of (?:\w+ ){0,2}(?:colou?rs?|brown|shades?|hues?|tones?|white|red|black)\b")
+NORMAL = re.compile(
+    r"\b(?:abnormal|normal) (?:appearance|colou?r\w*|shade|tone|look|texture)\b|\bskin (?:colou?r|tone) (?:is|appears?|looks?) (?:\w+ )?normal\b"
+)
+NORMAL_CASE = re.compile(
+    r"\bnormal (?:skin )?(?:condition|structure|lesion|growth|face|build|process|finding|mole|variant|location|anatomical)\b"
+)
 UNLIKE = re.compile(r"\b(?:unlike|as opposed to|in contrast to)(?: \w+){0,3} $")
 PERSONAL: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("name", re.compile(r"\b(?:Mr|Mrs|Ms|Miss|Dr|Prof)\b\.? ?(?=[A-Z\[])|\bDear (?!Sir|Madam|Colleague|Doctor|Patient)[A-Z]|"
@@ -149,6 +156,7 @@ def _general(clean: str, facts: Facts) -> Iterator[tuple[str, str]]:
     """Talk about such lesions in general, and words of alarm."""
     blank = said.without_words(without(clean, said.names_of(facts)), "idle_phrases")
     yield from (("other", term) for term in said.found_words(blank, "general_talk"))
+    yield from (("other", m[0]) for m in NORMAL_CASE.finditer(blank))
     for claim in said.claims(blank, "alarm_names"):
         denied = claim.negated and "malignancy" in facts
         if (facts.get("malignancy") or "benign") == "benign" and not denied and claim.term not in given_words(facts):
@@ -210,7 +218,10 @@ def _appearance(clean: str, facts: Facts) -> Iterator[tuple[str, str]]:
     blank = said.without_words(without(clean, said.names_of(facts)), "idle_phrases")
     for name in ("asymmetry", "border"):
         if name not in facts:
-            yield from (("appearance", c.term) for c in said.claims(blank, f"{name}_names"))
+            yield from (("appearance", term) for _, term in shape_claims(blank, facts, name))
+    given = split_words(facts.get("colours", ""))
+    if len(given) < 2:
+        yield from (("appearance", m[0]) for m in MIXED_COLOURS.finditer(blank))
     for name in ("colours", "structures"):
         given = split_words(facts.get(name, ""))
         for claim in said.claims(blank, f"{name[:-1]}_names"):
@@ -221,6 +232,7 @@ def _appearance(clean: str, facts: Facts) -> Iterator[tuple[str, str]]:
     blank = NO_LOOK.sub(lambda m: "_" * len(m[0]), said.without_words(blank, "history_words"))
     blank = _without_other_look(_without_given_look(blank, facts), facts)
     yield from (("appearance", term) for term in said.found_words(blank, "appearance_words") if term not in own)
+    yield from (("appearance", m[0]) for m in NORMAL.finditer(blank))
     yield from (("appearance", m[0]) for m in LOOKS_LIKE.finditer(blank) if m[0] not in own)
     sides = "|".join(w for w in terms()["side_words"] if not w.startswith(("ext", "flex")))
     for match in re.finditer(rf"\b(?:{sides}) {PORTION}", blank):
