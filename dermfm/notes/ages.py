@@ -12,7 +12,10 @@ NUMBER_WORD = rf"({'|'.join(TENS)})(?:[- ]({'|'.join(ONES)})|(?![- ](?:{'|'.join
 NUMBER_IN_WORDS = re.compile(rf"\b{NUMBER_WORD}")
 TEENS = "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
 CHILD_AGES = (*ONES, *TEENS.split())
-CHILD = re.compile(rf"\b({'|'.join(CHILD_AGES)})(?=-years?-old\b| years? of age\b)")
+CHILD = re.compile(
+    rf"\b({'|'.join(CHILD_AGES)})(?=-years?-old\b| years? of age\b)"
+    rf"|(?:(?<=irl, )|(?<=boy, )|(?<=irl of )|(?<=boy of ))({'|'.join(CHILD_AGES)})(?= years?\b)"
+)
 OLDEST = 120  # years
 BEHIND_AGE = r"(?=[,.;:)]|$| (?:with|who|has|had|presents|presented|and|stop)\b)"  # not "a woman, 3 papules on the arm"
 AGES = (
@@ -22,10 +25,15 @@ AGES = (
     re.compile(r"\b(?:her|his|their|born) (\d{1,3}) years\b"),
     re.compile(r"\baged?:? (?:of |is |was )?(\d{1,3})\b"),
     re.compile(
-        rf"\b(?:man|woman|male|female|boy|girl|lady|gentleman)(?:,? of |, | \(|, aged? | )(\d{{1,3}}){BEHIND_AGE}"
+        rf"\b(?:man|woman|male|female|boy|girl|lady|gentleman)(?:,? of |, | \(|, aged? |"
+        rf" (?=\d\d))(\d{{1,3}}){BEHIND_AGE}"
     ),
+    re.compile(r"^(\d{2,3}), (?:fe)?male\b"),
+    re.compile(r"\b(?:mrs?|ms|miss)\.? \w+(?: \w+)?, (\d{2,3})\b"),
+    re.compile(r"\b(?:boy|girl|man|woman|lady|gentleman|male|female),? (?:of |aged )?(\d{1,3}) years?\b"),
+    re.compile(r"\bat (?:barely |just |only |nearly |almost )?(\d{2,3}),? (?:he|she|the patient|this)\b"),
     re.compile(
-        rf"\b(?:he|she|patient|woman who|man who|girl who|boy who|female who|male who|(?:mrs?|ms)\.? \w+),? (?:is|"
+        rf"\b(?:he|she|patient|lady|gentleman|man|woman|boy|girl|woman who|man who|girl who|boy who|female who|male who|(?:mrs?|ms)\.? \w+),? (?:is|"
         rf"was|is now|now|being) (\d{{1,3}}){BEHIND_AGE}"
     ),
     re.compile(
@@ -33,9 +41,10 @@ AGES = (
         r"nearly|almost|some) "
         r"(\d{1,3})\b(?! ?(?:mm|cm|%))"
     ),
-    re.compile(r"(?:^|[,;(.] ?|male ?)(\d{1,3}) ?(?:y|yrs?|years?)(?=[.,;)]|$)"),
+    re.compile(r"(?:^|[,;:(.] ?|male ?)(\d{1,3}) ?(?:y|yrs?|years?)(?=[.,;)]|$)"),
     re.compile(
-        r"\b(?:patient|man|woman|male|female|person|boy|girl|lady|gentleman|gent|chap|fellow|individual|adult) of (\d{1,3})\b(?! ?[mc]m)"
+        r"\b(?:patient|man|woman|male|female|person|boy|girl|lady|gentleman|gent|chap|fellow|individual|"
+        r"adult) of (\d{1,3})\b(?! ?[mc]m)"
     ),
     re.compile(r"\b(\d{2,3})(?: /|,) (?:wo)?man\b"),
     re.compile(r"\b(?:fe)?male / (\d{2,3})\b"),
@@ -70,4 +79,4 @@ def in_figures(clean: str) -> str:
     def figures(match: re.Match[str]) -> str:
         return str(TENS[match[1]] + (ONES.index(match[2]) + 1 if match[2] else 0))
 
-    return CHILD.sub(lambda m: str(CHILD_AGES.index(m[1]) + 1), NUMBER_IN_WORDS.sub(figures, clean))
+    return CHILD.sub(lambda m: str(CHILD_AGES.index(m[1] or m[2]) + 1), NUMBER_IN_WORDS.sub(figures, clean))

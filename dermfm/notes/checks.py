@@ -42,14 +42,15 @@ KINDS = (
 SITE_REACH = 3  # "not on the back"; in "rather than a nevus of the back" the nevus is denied
 THESE = re.compile(r"\b(?:are|is|was|were|these|as|has|have)(?: \w+){0,3} $")
 DERMOSCOPIC = (
-    r"(?<!non-)(?<!non)(?<!without )(?<!without a )(?<!without the )\bderm(?:at)?oscop|\bepiluminescence|"
+    r"(?<!non-)(?<!non)(?<!\bno )(?<!without )(?<!without a )(?<!without the )\bderm(?:at)?oscop|\bepiluminescence|"
     r"\bsurface microscopy"
 )
 OTHER_IMAGE = {
     "dermoscopic": re.compile(
         r"\b(?:clinical(?:ly)?|macroscopic|non-dermoscopic|naked-eye),? (?:close-up,? |overview,? |"
         r"non-dermoscopic,? |macro |digital |standard |smartphone |colou?r )?"
-        r"(?:image|photo|picture|photograph|photography|view|shot|snapshot|snap|frame|pic|close-up)s?\b|\bnon-?derm(?:at)?oscop\w+"
+        r"(?:image|photo|picture|photograph|photography|view|shot|snapshot|snap|frame|pic|close-up)s?\b|"
+        r"\bno derm(?:at)?oscope\b|\bnon-?derm(?:at)?oscop\w+"
         r"|\bwithout (?:a |the )?(?:derm(?:at)?oscop\w+)"
     ),
     "clinical": re.compile(
@@ -72,10 +73,13 @@ NO_PICTURE = (
 EITHER = re.compile(r"\bbenign(?:,| or| and|, or) malignant\b|\bmalignant (?:or|and) benign\b")
 # "has a small nose": what somebody looks like, not where the lesion is
 OF_THE_PERSON = re.compile(
-    r"\b(?:(?:has|had|have|having|with|and) an?|, a) (?:very )?(?:small|large|big|symmetric(?:al)?|asymmetric(?:al)?|delicate|normal|pretty|"
+    r"\b(?:(?:has|had|have|having|with|and) an?|, a) (?:very )?(?:small|large|big|symmetric(?:al)?|"
+    r"asymmetric(?:al)?|delicate|normal|pretty|"
     r"round|long) $"
 )
-HEADING = re.compile(r"\bmalignancy(?: status)?(?::| is| was)(?= (?:benign|pre|malignant))")  # it claims nothing itself
+HEADING = re.compile(
+    r"\bmalignancy(?: status)?(?::| is| was)?(?= (?:benign|pre|malignant))"
+)  # it claims nothing itself
 
 
 @dataclass(frozen=True)
@@ -127,7 +131,11 @@ def examine(text: str, facts: Facts, rules: Rules = Rules()) -> list[Fault]:
         found += [("personal", about, term) for about, term in person]
         names = set(re.findall(r"\b[A-Z][a-z]+", sentence)) if any(people) else set()
         named = [f for f in found if f[1] != "other"]
-        rest = [f for f in found if f[1] == "other" and f[2].capitalize() not in names and not (person and f[2] not in general)]
+        rest = [
+            f
+            for f in found
+            if f[1] == "other" and f[2].capitalize() not in names and not (person and f[2] not in general)
+        ]
         faults += [Fault(*fault, place) for fault in named or rest]
     absent = {fault.about for fault in faults if fault.kind == "missing"}
     own |= {f.about for f in faults if f.kind == "contradiction" and f.about in OF_ONE_VALUE} - absent
@@ -162,7 +170,9 @@ def states(clean: str, name: str, facts: Facts) -> bool:
 def _of_type(diagnosis: str) -> list[str]:
     """ "nevus of compound type", "carcinoma of the basal cell type"."""
     first, _, head = diagnosis.rpartition(" ")
-    return [f"{head} of {article}{first} type" for article in ("", "the ", "a ")] if first.isascii() and first else []
+    front, _, rest = diagnosis.partition(" ")  # "squamous cell carcinoma of invasive type"
+    parts = {(head, first), (rest, front)} if first.isascii() and first else set()
+    return [f"{noun} of {article}{kind} type" for noun, kind in sorted(parts) for article in ("", "the ", "a ")]
 
 
 def _same(diagnosis: str) -> list[str]:
@@ -267,7 +277,7 @@ def _against_diagnosis(clean: str, given: str) -> Iterator[str]:
     for claim in said.claims(clean, "class_names"):
         if claim.group == code and claim.negated and not claim.aside:
             yield f"not {claim.term}"
-        elif claim.term in said.LAY and names_given:
+        elif claim.term in said.LAY and (names_given or claim.term == "moles"):
             continue  # "the mole is a melanoma"
         elif claim.group != code and not claim.negated and not claim.aside and claim.term not in given:
             yield claim.term
@@ -284,6 +294,8 @@ def _against_diagnosis(clean: str, given: str) -> Iterator[str]:
             and match[0] not in given
         ):
             yield match[0]
+    if "invasive" in given and (found := re.search(r"\bnot (?:become |yet |turned )?invasive\b", clean)) is not None:
+        yield found[0]
     for one, other in (("in situ", "invasive"), ("invasive", "in situ"), ("invasive", "is a non-invasive")):
         if one in given and other not in given and states_phrase(clean, other):
             yield other
@@ -375,7 +387,8 @@ def _own_contradictions(clean: str, facts: Facts) -> Iterator[str]:
         yield "sex"
     told_ages = set(ages(clean))
     bands = [age_band(word) for word in _age_words(clean)]
-    if len(told_ages) > 1 or any(int(age) not in band for age in told_ages for band in bands):
+    apart = any(min(one[-1], other[-1]) < max(one[0], other[0]) for one in bands for other in bands)
+    if len(told_ages) > 1 or apart or any(int(age) not in band for age in told_ages for band in bands):
         yield "age"
     if said.exclude_each_other({p for s in sentences(clean) for p in _places(s)}):
         yield "site"

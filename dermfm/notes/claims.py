@@ -44,20 +44,24 @@ ITEM = r"[\w-]+(?: [\w-]+){0,2}"
 DENIED_LIST = re.compile(rf"\b(?:no|without|neither|free of|lacks|lacking) {ITEM}(?:, {ITEM})*,? (?:or|nor) ")
 # "melanoma is unlikely": the negation follows what it negates
 DENIED_BEHIND = re.compile(
-    r"(?:(?:,| and| or|,? nor) [\w-]+(?: [\w-]+)?){0,6}: ?(?:none|absent|not |nil|no\b|negative)|"
+    r"(?:(?:,| and| or|,? nor) [\w-]+(?: [\w-]+)?){0,6}: ?(?:none|absent|not |nil|no\b|negative)| not (?:present|"
+    r"seen|found|visible|detected|identified|confirmed)\b|"
     r"(?: or [\w-]+| \w+oma| (?:process|lesion|tumou?r|growth|change|disease|neoplasm|nature|cause|behaviou?r|"
     r"features?))?(?:(?:,| and| or|,? nor) (?!but\b|which\b|though\b|it\b)[\w -]{3,30}?){0,2}"
     r"(?: (?:is|was|are|were|has been|have been|can be|could be)| (?=not)| can(?= ?not)| could(?= not)) "
     r"(?:(?!not\b|never\b|excluded\b)\w+ )?"
-    r"(?:absent|missing|lacking|wanting|nowhere (?:to be )?(?:found|seen)|spared|unaffected|uninvolved|excluded|unlikely|ruled out|dismissed|rejected|improbable|"
+    r"(?:absent|missing|lacking|wanting|nowhere (?:to be )?(?:found|seen)|spared|unaffected|uninvolved|excluded|"
+    r"unlikely|ruled out|dismissed|rejected|improbable|"
     r"not (?:be )?(?:an? |the |in |on )?(?:\w+ )?(?:present|seen|found|visible|detected|made out|identified|discerned|"
-    r"demonstrated|recogni[sz]ed|consideration|concern|issue|question|possibility|option|entertained|favou?red|"
+    r"demonstrated|recogni[sz]ed|discernible|consideration|concern|issue|possibility|option|entertained|favou?red|"
     r"supported|evident|considered|apparent|the case|suspected|likely))\b"
 )
 NOT_ONLY = re.compile(r"\bnot (?=only|just|merely|simply|solely)")  # it denies nothing
 MARKUP = re.compile(r"\*+|(?<!\w)#+ |(?<=\s)[•-] ")  # of Markdown; it carries no word
 LAY = ("mole", "moles")  # what a patient calls a lesion, whatever it is: "noticed that a mole had changed"
-ASIDE_END = re.compile(r"[.!?;]\s|, (?=(?:which is |that is )?(?:a|one) (?:\w+ )?(?:type|form|kind) of )")
+ASIDE_END = re.compile(
+    r"[.!?;]\s|, (?=(?:which is |that is )?(?:a|one) (?:\w+ )?(?:type|form|kind) of )|, (?=(?:hence|therefore|thus|so) )"
+)
 BESIDE = re.compile(
     r"\b(?:in front of|near|next to|behind|below|beneath|above|beside|close to|adjacent to|beyond|towards?|over|"
     r"overlying|bordering) (?:the |his |her |their )?(?:left |right |upper |lower )*$"
@@ -70,7 +74,8 @@ FOUND_ON = re.compile(
 )
 # "melanoma risk" is said of no lesion
 OF_ANOTHER_NOUN = re.compile(
-    r" (?:risk|survivor|biology|treatment|specialist|doctor|foundation|journal|institute|detection|clinic|research|screening|awareness|prevention|cell line|centre|center|service|patient|specialist)s?\b"
+    r" (?:risk|survivor|biology|treatment|specialist|doctor|foundation|journal|institute|detection|clinic|research|"
+    r"screening|awareness|prevention|cell line|centre|center|service|patient|specialist)s?\b"
 )
 NOT_EXCLUDED = re.compile(  # a hedge that weighs the disease for this lesion, whatever stands before it
     r" (?:can ?not|can't|could not|couldn't) be (?:\w+ly )?(?:ruled out|excluded|dismissed)\b"

@@ -101,7 +101,8 @@ PLAN = re.compile(
     r"to confirm|to exclude|to rule out|following)\b"
 )
 TO_SAY = (  # what should be thought or said of a lesion is no advice
-    r"(?:considered|regarded|classed|ruled|noted|interpreted|seen|called|classified|understood|mentioned|emphasi[sz]ed|stressed|"
+    r"(?:considered|regarded|classed|counted|ruled|noted|interpreted|seen|called|classified|understood|mentioned|"
+    r"emphasi[sz]ed|stressed|"
     r"kept in mind|remembered|confused|distinguished|differentiated|correlated|read|viewed|thought|taken as|"
     r"reported|documented|described|labell?ed|named|recorded|assumed|used only|given|diagnosed|able|present|visible|"
     r"difficult|mistaken|cause|worry|guide|concern)"
@@ -118,7 +119,8 @@ ADVICE = (
         r"indicated(?! by)|offered|proposed|prescribed|pending|awaited|sufficient|enough)\b"
     ),
     re.compile(
-        r"\b(?:requir|need|demand|deserv)\w* (?:an? |your |the |some |for an? )?(?:\w+ ){0,2}(?:examination|evaluation|attention|"
+        r"\b(?:requir|need|demand|deserv)\w* (?:an? |your |the |some |for an? )?(?:\w+ ){0,2}(?:examination|"
+        r"evaluation|attention|"
         r"assessment|investigation|work-up|review|testing)\b|\b(?:refer|referring) (?:you|me) to (?:an?|my|the|our)\b|"
         r"\b(?:recommend(?:s|ed|ing|ations?)?|advis(?:e|es|ed|ing)|advice|schedul(?:e|es|ed|ing)|arrang(?:e|es|ed|"
         r"ing)|urg(?:e|es|ed|ing)|encourag(?:e|es|ed|ing)|instruct(?:s|ed|ing)|warrants?|"
@@ -135,21 +137,26 @@ ADVICE = (
 )
 # What talk tells of this patient, and what only of the trade of the one who talks
 CARE = re.compile(
-    r"treat|(?:requir|need)\w* |referr?\w* (?:you|me) |therap|chemo|radio|biops|surg|excis|remov|refer h|further ev|(?:we|patient|they) will be|seek"
+    r"treat|(?:requir|need)\w* |referr?\w* (?:you|me) |therap|chemo|radio|biops|surg|excis|remov|refer h|further ev|"
+    r"(?:we|patient|they) will be|seek"
 )
 CARE_AS_WORK = re.compile(
-    r"\b(?:a|as an?|the) (?:\w+ )?(?:dermatologist|doctor|specialist|surgeon)s? (?:who|treating|speciali\w+)|speciali[sz]|\btreating (?:a |the )?(?:patient|physician|doctor)|\bhistory of the patient|^please consult|"
-    r"\b(?:article|text|textbook|knowledge|techniques|sentence|information about|steps|successful treatment|context of|new|"
+    r"\b(?:a|as an?|the) (?:\w+ )?(?:dermatologist|doctor|specialist|surgeon)s? (?:who|treating|speciali\w+)|"
+    r"speciali[sz](?!t)|\btreating (?:a |the )?(?:patient|physician|doctor)|\bhistory of the patient|^please consult|"
+    r"\b(?:article|text|textbook|knowledge|techniques|sentence|information about|steps|successful treatment|"
+    r"context of|new|"
     r"right|also describe|surgery center)\b"
 )
 OF_THE_LESION = re.compile(r"\b(?:lesion|melanoma|carcinoma|nevus|growth|tumou?r|spot|mole|keratosis|mm|cm)\b")
 HAPPENED = re.compile(
-    rf"{RECENT}|\bthank(?:s| you) for (?:referring|sending|asking|your referral)\b|\bpreviously been\b|"
+    rf"{RECENT}|\bthank(?:s| you) for (?:referring|sending|asking|(?:your|the) (?:\w+ )?referral)\b|"
+    rf"\bpreviously been\b|"
     r"\b(?:referred|sent) (?:to )?(?:me|us|her|him)\b|\breceived (?:\w+ )?referral\b|"
     r"\b(?:new|recent) (?:skin )?(?:lesion|growth|mole|spot)\b"
 )
 HAD = (
-    r"\b(?:been|being|was|were|have|undergo\w* an?|completed an?|(?:patient|man|woman|male|female|he|she) (?:with|has|had) an?)"
+    r"\b(?:been|being|was|were|have|undergo\w* an?|completed an?|(?:patient|man|woman|male|female|he|she) (?:with|"
+    r"has|had) an?)"
     r"(?: \w+ly| skin)? "
 )
 CAUSED = re.compile(

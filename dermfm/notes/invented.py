@@ -11,6 +11,7 @@ from dermfm.notes.ages import age_words, ages
 from dermfm.notes.claims import WORD, phrases_of, without, word_set
 from dermfm.notes.events import MONTHS, events, past_events, told_to_somebody
 from dermfm.notes.facts import APPEARANCE, Facts, split_words, terms
+from dermfm.notes.phrases import any_of
 from dermfm.notes.shape import shape_claims
 
 LIST_MARK = re.compile(r"^\W*(?:\d{1,2}|[a-e])[.)]\s*|^\W*\d{1,2}\W*$|\s\d{1,2}\.$")  # "1. Site: back"
@@ -54,12 +55,16 @@ OF_DISEASES = frozenset(
         "stage",
     ]
 )
-MIXED_COLOURS = re.compile(r"\bmixed colou?r\w*|\b(?:mix|mixture) of (?:\w+ ){0,2}(?:colou?rs?|brown|shades?|hues?|tones?|white|red|black)\b")
+MIXED_COLOURS = re.compile(
+    r"\bmixed colou?r\w*|\b(?:mix|mixture) of (?:\w+ ){0,2}(?:colou?rs?|brown|shades?|hues?|tones?|white|red|black)\b"
+)
 NORMAL = re.compile(
-    r"\b(?:abnormal|normal) (?:appearance|colou?r\w*|shade|tone|look|texture)\b|\bskin (?:colou?r|tone) (?:is|appears?|looks?) (?:\w+ )?normal\b"
+    r"\bnormal (?:appearance|colou?r\w*|shade|tone|look|texture)\b|\bskin (?:colou?r|tone) (?:is|"
+    r"appears?|looks?) (?:\w+ )?normal\b|\bskin around(?: it)? (?:is|looks|appears)\b"
 )
 NORMAL_CASE = re.compile(
-    r"\bnormal (?:skin )?(?:condition|structure|lesion|growth|face|build|process|finding|mole|variant|location|anatomical)\b"
+    r"\bnormal (?:skin )?(?:condition|structure|characteristic|feature|lesion|growth|face|build|process|finding|"
+    r"mole|variant|location|anatomical)\b"
 )
 UNLIKE = re.compile(r"\b(?:unlike|as opposed to|in contrast to)(?: \w+){0,3} $")
 PERSONAL: tuple[tuple[str, re.Pattern[str]], ...] = (
@@ -78,7 +83,9 @@ PERSONAL: tuple[tuple[str, re.Pattern[str]], ...] = (
         r"(?:no|nr|number|id|#)\b\.?[:#\s]*[\w/-]*\d", re.IGNORECASE)),
     ("id", re.compile(r"\b\d{6,}\b|\b\d{3}-\d{2}-\d{3,4}\b")),
     ("id", re.compile(r"\b(?:MRN|SSN|[Pp]atient (?:ID|id|number)|[Cc]ase number|ID)[:#\s]*\w*\d\w*")),
-    ("id", re.compile(r"\b[A-Z]{2,5}[_-]\d{3,}|\b(?:[Tt]icket|[Rr]ef|[Cc]laim|[Pp]olicy)\b\.?(?: no\.?| number)?[:#\s]*\d[\w/-]{3,}")),
+    ("id", re.compile(
+        r"\b[A-Z]{2,5}[_-]\d{3,}|\b(?:[Tt]icket|[Rr]ef|[Cc]laim|[Pp]olicy)\b\.?(?: no\.?| number)?[:#\s]*\d[\w/-]{3,}"
+    )),
     ("id", re.compile(
         r"\b(?:accession|specimen|slide|block|request|reference|ref|sample|study|image|"
         r"lab)\b[^.;]{0,12}\b[A-Z]*\d[\dA-Z]*"
@@ -155,7 +162,8 @@ def unsupported(
 def _general(clean: str, facts: Facts) -> Iterator[tuple[str, str]]:
     """Talk about such lesions in general, and words of alarm."""
     blank = said.without_words(without(clean, said.names_of(facts)), "idle_phrases")
-    yield from (("other", term) for term in said.found_words(blank, "general_talk"))
+    own = WORD.findall(facts.get("diagnosis", "").lower())
+    yield from (("other", term) for term in said.found_words(blank, "general_talk") if term not in own)
     yield from (("other", m[0]) for m in NORMAL_CASE.finditer(blank))
     for claim in said.claims(blank, "alarm_names"):
         denied = claim.negated and "malignancy" in facts
@@ -216,9 +224,11 @@ def _without_other_places(clean: str, facts: Facts) -> str:
 def _appearance(clean: str, facts: Facts) -> Iterator[tuple[str, str]]:
     """What is said of the lesion's look beyond the given attributes; a structure said to be absent is no fault."""
     blank = said.without_words(without(clean, said.names_of(facts)), "idle_phrases")
+    own = given_words(facts) | _entailed(facts)
     for name in ("asymmetry", "border"):
         if name not in facts:
             yield from (("appearance", term) for _, term in shape_claims(blank, facts, name))
+    yield from (("appearance", m[0]) for m in _two_colours().finditer(blank) if m[0] not in own)
     given = split_words(facts.get("colours", ""))
     if len(given) < 2:
         yield from (("appearance", m[0]) for m in MIXED_COLOURS.finditer(blank))
@@ -228,7 +238,6 @@ def _appearance(clean: str, facts: Facts) -> Iterator[tuple[str, str]]:
             plain = claim.group == "brown" and any("brown" in g for g in given)
             if claim.group not in given and not plain and not claim.negated:
                 yield "appearance", claim.term
-    own = given_words(facts) | _entailed(facts)
     blank = NO_LOOK.sub(lambda m: "_" * len(m[0]), said.without_words(blank, "history_words"))
     blank = _without_other_look(_without_given_look(blank, facts), facts)
     yield from (("appearance", term) for term in said.found_words(blank, "appearance_words") if term not in own)
@@ -298,6 +307,14 @@ def _is_of_given(clean: str, end: int, site: str | None) -> bool:
 def _place_behind() -> re.Pattern[str]:
     """The name of a place behind "the left side": then it is no side of the lesion."""
     return re.compile(rf" of (?:the |his |her |their )?(?:\w+ )?(?P<place>{said.places_pattern().pattern})")
+
+
+@functools.cache
+def _two_colours() -> re.Pattern[str]:
+    """A colour of two ("pinkish-brown") that is none of the listed ones."""
+    colours = any_of({c for c in phrases_of("colour_names") if c.isalpha() and c not in ("light", "dark")})
+    listed = any_of({c for c in phrases_of("colour_names") if "-" in c})
+    return re.compile(rf"(?<![\w-])(?!{listed}(?![\w-])){colours}-{colours}(?![\w-])")
 
 
 @functools.cache

@@ -17,32 +17,36 @@ Claims = list[tuple[str, str]]  # (word of the options or "not WORD", term)
 OPPOSITE = {"symmetric": "asymmetric", "asymmetric": "symmetric"}
 PARTLY = re.compile(
     r"\b(?:partly|partially|in part|in parts|in places|in some|on one side|elsewhere|in others|focally|while|whereas|"
-    r"at one|along one|one part|some parts?|other parts?|some areas|other areas|some stretches|others|half|varies|here\b.*\bthere|neither|"
+    r"at one|along one|one part|some parts?|other parts?|some areas|other areas|some stretches|others|half|varies|"
+    r"here\b.*\bthere|neither|"
     r"variable|variably|here and|alternat\w+|both|part of)\b"
 )
 # "shows perfect symmetry" says symmetric; "symmetry: …" and "the asymmetry is …" only name what follows
 SYMMETRY = re.compile(
     r"\b(?:(?:perfect|clear|good|complete|overall|marked|bilateral|high|near|full|absolute|great|remarkable|evident|"
     r"obvious|significant|noticeable|pronounced|striking|strong|slight|mild|moderate|definite|notable|visible|some|"
-    r"a?symmetric(?:al)?|degree of|lack of|severe|maintained|preserved|shows?|showing|displays?|displaying|exhibits?|exhibiting|demonstrates?|has|"
+    r"a?symmetric(?:al)?|degree of|lack of|want of|mirror|severe|maintained|preserved|shows?|showing|displays?|displaying|"
+    r"exhibits?|exhibiting|demonstrates?|has|"
     r"have|having|with|reveals?|there is|is|an?|lacks?|lacking|without|no|any|by|"
     r"devoid of) )+(?P<word>a?symmetry)\b(?! ?:| (?:is|was|score|index|axis|axes))"
     r"|\b(?P<about>a?symmetry) (?:about|along|in|across|on|around) (?:both|all|every|either|each|one|two|the two|any)\b"
-    r"|\b(?P<seen>a?symmetry) (?:is|was) (?:\w+ly )?(?:present|seen|noted|evident|observed|apparent|visible|preserved|"
+    r"|\b(?P<seen>a?symmetry)(?: of (?:\w+ ){0,2}\w+)? (?:is|was) (?:\w+ly )?(?:striking|obvious|marked|clear|plain|present|seen|noted|evident|"
+    r"observed|apparent|visible|preserved|"
     r"maintained|found)\b"
     r"|\b(?P<kept>a?symmetry)(?: -|:)? (?:present|kept|maintained|preserved|evident|seen|noted|intact)\b"
-    r"|(?:^|, )(?P<listed>a?symmetry)(?=, |[.;]|$)"
+    r"|(?:^|[,:;] )(?P<listed>a?symmetry)(?=, |[.;]|$)"
     r"|\b(?:its|the lesion's) (?P<own>a?symmetry)\b(?! ?:| (?:is|was|score|index|axis|axes|or|and border)\b)"
 )
 HALVES = {
     "asymmetric": re.compile(
-        r"\b(?:halves|sides|parts)(?: of (?:the|this) lesion| of it)? (?:\w+ )?(?:do not|don't|does not|fail to|"
+        r"\b(?:halves|sides|parts)(?: of (?:the|this) lesion| of it)? (?:\w+ )?(?:(?:do|does|did|will|would|can) ?not|don't|won't|fail to|"
         r"are not|aren't|hardly|never|differ|are (?:un|dif)\w+)(?! differ)|\b(?:is|are|looks?|appears?) (?:lopsided|"
         r"skewed|off-balance)\b"
         r"|\bhalves (?:\w+ ){0,2}nothing alike|\bdevoid of symmetry"
         r"|\bnot (?:a |the )?mirror|\bneither half (?:mirrors|matches)|\bone half (?:\w+ ){0,2}(?:unlike|differ|not)"
     ),
     "symmetric": re.compile(
+        r"\bneither half \w+ the other|\bhalves (?:\w+ ){0,4}in a mirror|"
         r"\b(?:matching|equal|identical|congruent|like) halves\b|\bhalves (?:of (?:the|this|its) \w+ |of it )?"
         r"(?:\w+ly )?(?:match|mirror|correspond|agree|are (?:\w+ly )?(?:alike|equal|identical|the same|"
         r"mirror|congruent|matching)|look (?:alike|the same|equal))|\bmirrors? itself|\bmirror images? of (?:each|"
@@ -58,7 +62,8 @@ DRAWN = (
     r"separated|set off|contoured|traced|marked|edged|drawn|visible|distinguishable|discernible|recogni[sz]able)"
 )
 CRISP = (
-    r"(?:sharp|razor-sharp|knife-sharp|crisp|clean|clear|distinct|neat|precise|definite|well-defined|well-demarcated|well-circumscribed|"
+    r"(?:sharp|razor-sharp|knife-sharp|crisp|clean|clear|distinct|neat|precise|definite|well-defined|"
+    r"well-demarcated|well-circumscribed|"
     r"abrupt|clear-cut|clean-cut|"
     r"sharp-cut)"
 )
@@ -69,29 +74,39 @@ BLURRED = (
 BE = r"(?:is|are|was|were|appears?|looks?|seems?|remains?|being|stays?)"
 BORDER = {
     "mixed": re.compile(
+        rf"\b{EDGE} mixed\b(?! colou?r)|\bin places {CRISP}\b[^.;]*\bin places\b|\bhere\b[^.;]*\b{CRISP}\b[^.;]*\bthere\b|\bhere\b[^.;]*\b{BLURRED}\b[^.;]*\bthere\b|"
         rf"\b{EDGE}(?: \w+){{0,2}} {BE} (?:of (?:an? )?)?mixed\b(?! colou?r| with)|\bmixed (?:\w+ )?{EDGE}\b"
-        rf"|\bpartly {CRISP},? (?:and )?partly \w+|\b{EDGE},? (?:\w+ )?of (?:an? |the )?mixed\b(?! colou?r| hue| shade| tone)|\b{EDGE}(?: \w+){{0,2}} (?:neither|not) (?:\w+ )?{CRISP} n?or (?:\w+ )?\w+"
+        rf"|\bin part (?:sharp|crisp|clear|well|neat)\w*(?: \w+){{0,3}} in part\b|"
+        rf"\bpartly {CRISP},? (?:and )?partly \w+|\b{EDGE},? (?:\w+ )?of (?:an? |the )?mixed\b(?! colou?r| hue|"
+        rf" shade| tone)|\b{EDGE}(?: \w+){{0,2}} (?:neither|not) (?:\w+ )?{CRISP} n?or (?:\w+ )?\w+"
     ),
     "sharp": re.compile(
-        rf"\b(?:sharply|crisply|clearly|well|neatly|cleanly|precisely|distinctly|abruptly|strictly|"
+        rf"\b{CRISP}-(?:edged|bordered|rimmed|margined|outlined)\b|"
+        rf"\b(?:sharply|keenly|crisply|clearly|well|neatly|cleanly|precisely|distinctly|abruptly|strictly|"
         rf"exactly)[- ]{DRAWN}\b"
         rf"|\b{CRISP}(?:,? (?:and )?\w+)?,? {EDGE}\b|\b{EDGE}(?: \w+){{0,3}} {BE} (?:\w+ly |very |quite |"
         rf"rather )?{CRISP}\b"
         rf"|\b(?:ends?|stops?|ceases?|terminat\w+) abruptly|\b{EDGE} (?:that |which )?(?:is|are) clearly visible"
-        rf"|\b{EDGE}:? {CRISP}(?=[.,;]|$)|\b(?:cut|drawn) (?:out )?as (?:if|though)? ?(?:with|by) an? (?:knife|ruler|compass|blade|scalpel|pen)"
+        rf"|\b{EDGE}:? {CRISP}(?=[.,;]|$)|\b(?:cut|drawn) (?:out )?as (?:if|though)? ?(?:with|by) an? (?:knife|"
+        rf"ruler|compass|blade|scalpel|pen)"
         rf"|\b{EDGE} can be (?:traced|followed|drawn) (?:easily|clearly|precisely|all)"
     ),
     "indistinct": re.compile(
+        rf"\b{BLURRED}-(?:edged|bordered|rimmed|margined|outlined)\b|"
+        rf"\b{EDGE},? (?:that |which )?(?:can ?not|can't|could not|is not|are not|isn't|nobody can|nobody could|no one can|no one could) "
+        rf"(?:be )?(?:\w+ly |well )?(?:to see|traced?|seen|made out|followed|drawn|discerned|told|visible|discernible|found|fixed)\b|"
+        rf"\bwhere (?:it|the lesion) (?:ends|stops)\b[^.;]*\b(?:hard|impossible|difficult|unclear|nobody)\b|\bno line (?:says|shows|marks|tells) where\b|"
         rf"\b(?:poorly|ill|vaguely|badly|indistinctly|hardly|barely|weakly|faintly|imprecisely|loosely|"
         rf"scarcely)[- ]{DRAWN}\b|\b(?:not|cannot|can't|without|no) (?:\w+ )?(?:well|clearly|sharply|"
         rf"crisply)[- ]{DRAWN}\b"
         rf"|\b{BLURRED}(?:,? (?:and )?\w+)?,? {EDGE}\b|\b{EDGE}(?: \w+){{0,3}} {BE} (?:\w+ly |very |quite |"
         rf"rather )?{BLURRED}\b"
-        rf"|\b(?:melt|fade|blend|merge|dissolve|bleed|trail|shade|peter|fizzle|diffuse|vanish|run|pass)(?:s|es|ing)? "
+        rf"|\b(?:melt|fray|fade|blend|merge|dissolve|bleed|trail|shade|peter|fizzle|diffuse|vanish|run|pass)(?:s|es|ing)? "
         r"(?:\w+ ){0,2}?(?:into|out|away|off|gradually|imperceptibly|seamlessly) (?:\w+ ){0,3}?(?:skin|surround\w+|"
         rf"neighbou?r\w+|background|environment|tissue)|\b{EDGE} (?:that |which )?(?:\w+ly )?(?:melts?|fades?|blends?|"
         rf"merges?|"
-        r"dissolves?|trails?|shades?|blurs?|peters?|bleeds?|fading|blurred|smudged|melting|dissolving|(?:dies?|peters?) out)\b"
+        r"dissolves?|trails?|shades?|blurs?|peters?|bleeds?|fading|blurred|smudged|melting|dissolving|(?:dies?|"
+        r"peters?) out)\b"
         rf"|\b{EDGE}:? {BLURRED}(?=[.,;]|$)"
         rf"|\b(?:hard|difficult|impossible) to (?:\w+ )?(?:trace|tell|define|discern|delineate|make out|follow|"
         rf"determine)\b"
@@ -117,7 +132,9 @@ def _symmetry(sentence: str) -> Claims:
     if noun and word and not any(word in claim.term for claim in told):
         group = "asymmetric" if word == "asymmetry" else "symmetric"
         at = noun.start() + noun[0].index(word)
-        denied = said.is_negated(sentence, at, noun.end()) or re.search(r"\b(?:lack|devoid) of\b", noun[0]) is not None
+        denied = (
+            said.is_negated(sentence, at, noun.end()) or re.search(r"\b(?:lack|want|devoid) of\b", noun[0]) is not None
+        )
         found.append((OPPOSITE[group] if denied else group, noun[0]))
     if not found:
         found = [(group, m[0]) for group, pattern in HALVES.items() if (m := pattern.search(sentence))][:1]

@@ -13,6 +13,7 @@ ABBREVIATIONS = {
     "ue": "upper extremity", "le": "lower extremity", "df": "dermatofibroma", "scc": "squamous cell carcinoma",
     "bcc": "basal cell carcinoma", "ssm": "superficial spreading melanoma", "mis": "melanoma in situ", "ka": "keratoacanthoma",
 }  # fmt: skip
+DECADES = dict(enumerate("twenties thirties forties fifties sixties seventies eighties nineties".split(), start=2))
 SHADE = r"(light|dark)"
 OF_A_LIMB = r"(?=(?:hand|neck|head|knee|foot|ear|leg|thigh|arm|forearm)s?\b)"
 
@@ -59,7 +60,15 @@ PATTERNS = [
     (r"\bsym\b\.?", "symmetric"),
     (r"\bh ?& ?n\b", "head and neck"),
     (r"\bhead(?:-or-|-)neck\b", "head or neck"),
-    (r"\bmasculine\b", "male"),
+    (r"\bmasc(?:uline)?\b\.?", "male"),
+    (r"\bcell ca\b\.?", "cell carcinoma"),
+    (r"\b(\d{1,3}) years? old\b", r"\1-year-old"),
+    (r"\bhead-and-neck\b", "head and neck"),
+    (r"\bd'?scopy\b", "dermoscopy"),
+    *(
+        (rf"\b(in (?:her|his|their) (?:early |mid[- ]?|late )?){first}0s\b", rf"\1{word}")
+        for first, word in DECADES.items()
+    ),
     (r"\bbrn\b", "brown"),
     (r"\bblk\b", "black"),
     (r"/ f /", "/ female /"),
@@ -68,10 +77,12 @@ PATTERNS = [
     (r"\bi\.e\.(?=[ ,])", "that is"),
     (r"\be\.g\.(?=[ ,])", "such as"),
     (r"\banything but\b", "not"),
-    (r"\bin association with\b", "associated with"),
+    (r"\bin (?:association|company) with\b", "associated with"),
     (rf"\b{SHADE} ?[+&] ?{SHADE} brown\b", r"\1 brown and \2 brown"),
     (r"\bsymmetry(?::| -) (?:none|absent|no)\b", "asymmetric"),
     (r"\bin[- ]situ\b", "in situ"),
+    (r"\bin situ melanoma\b|\bmelanoma, (?:still |yet )?in situ\b", "melanoma in situ"),
+    (r"\bmelanoma, invasive\b", "invasive melanoma"),
     (r"\bmid-(?=\w+ties\b|teens\b)", "mid "),
     (r"\b(squamous|basal)-cell\b", r"\1 cell"),
     (r"\b(?:a |an )?(?:sk|seb\.? ?k)\b(?!-)", "seborrheic keratosis"),

@@ -35,7 +35,7 @@ OWN_WILL = (
     r" (?:have not|haven't|do not|don't|did not|didn't|cannot|can't|could not|couldn't|won't|will not)"
 )
 TEXT = (
-    "notes?|texts?|case reports?|case stud(?:y|ies)|records? for|statements?|lists?|items?|outputs?|write-ups?|"
+    "notes?|texts?|case reports?|case stud(?:y|ies)|records? for|statements?|(?<!on the )lists?|items?|outputs?|write-ups?|"
     "responses?|answers?|summary|paragraph|draft|facts|prompt|instructions?|requests?|input|message|document|"
     "wording|template|format|information|data|articles?|page|passage|sentences?|word count|query|conversation"
 )
@@ -60,7 +60,7 @@ TALK = tuple(
         rf"available|shared|visible)\b",
         r"\b(?:nothing|no (?:note|diagnosis|description|assessment|statement|comment|opinion|conclusion|"
         r"answer)) (?:can|could|will|may) be\b",
-        r"\b(?:not possible|impossible) to (?:write|describe|assess|say|diagnose|determine|provide|comment|tell|give|"
+        r"\b(?:not possible|impossible) to (?:write|describe|assess|say (?:more|anything|whether|if|what)|diagnose|determine|provide|comment|tell|give|"
         r"make)\b",
         r"\b(?:note|answer|summary|request|instruction)s? (?:cannot|can't|could not|will not) be\b|\bword count\b",
         # whoever speaks of writing speaks of the note
