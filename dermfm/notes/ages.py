@@ -33,7 +33,8 @@ AGES = (
     re.compile(r"\b(?:boy|girl|man|woman|lady|gentleman|male|female),? (?:of |aged )?(\d{1,3}) years?\b"),
     re.compile(r"\bat (?:barely |just |only |nearly |almost )?(\d{2,3}),? (?:he|she|the patient|this)\b"),
     re.compile(
-        rf"\b(?:he|she|patient|lady|gentleman|man|woman|boy|girl|woman who|man who|girl who|boy who|female who|male who|(?:mrs?|ms)\.? \w+),? (?:is|"
+        rf"\b(?:he|she|patient|lady|gentleman|man|woman|boy|girl|woman who|man who|girl who|boy who|female who|"
+        rf"male who|(?:mrs?|ms)\.? \w+),? (?:is|"
         rf"was|is now|now|being) (\d{{1,3}}){BEHIND_AGE}"
     ),
     re.compile(

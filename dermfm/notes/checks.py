@@ -69,6 +69,10 @@ NO_PICTURE = (
     r"(?!\w* (?:note|significan|issue|diagnos|history|context|correlation|trial|practice|impression|nurse|staff|"
     r"team|relevance|concern|course|setting|management|decision|suspicion|dermatolog|record|stud))"
 )
+NOT_INVASIVE = re.compile(
+    r"\bnot (?:become |yet |turned )?invasive\b|\b(?:is|was) an? non-?invasive\b|"
+    r"\bnon-?invasive (?:squamous|melanoma|carcinoma|form)"
+)
 # "tumours that can be benign or malignant"
 EITHER = re.compile(r"\bbenign(?:,| or| and|, or) malignant\b|\bmalignant (?:or|and) benign\b")
 # "has a small nose": what somebody looks like, not where the lesion is
@@ -153,7 +157,8 @@ def states(clean: str, name: str, facts: Facts) -> bool:
     if name == "sex":
         return any(c.group == value and not _denied(clean, c) for c in said.claims(clean, "sex_names"))
     if name == "malignancy":
-        return any(c.group == value and not c.negated for c in _malignancy_claims(clean, facts, asides=True))
+        told = _malignancy_claims(clean, facts, asides=True)
+        return any(c.group == value and not c.negated and not c.term.startswith("non") for c in told)
     if name in ("asymmetry", "border"):
         return value in {group for group, _ in shape_claims(clean, facts, name)}
     if name in ("colours", "structures"):
@@ -294,9 +299,9 @@ def _against_diagnosis(clean: str, given: str) -> Iterator[str]:
             and match[0] not in given
         ):
             yield match[0]
-    if "invasive" in given and (found := re.search(r"\bnot (?:become |yet |turned )?invasive\b", clean)) is not None:
+    if "invasive" in given and (found := NOT_INVASIVE.search(clean)) is not None:
         yield found[0]
-    for one, other in (("in situ", "invasive"), ("invasive", "in situ"), ("invasive", "is a non-invasive")):
+    for one, other in (("in situ", "invasive"), ("invasive", "in situ")):
         if one in given and other not in given and states_phrase(clean, other):
             yield other
 

@@ -40,14 +40,15 @@ TITLES = (
 NO_TITLE = "".join(rf"(?<!\b{title}\.)" for title in TITLES)
 SENTENCE_END = re.compile(rf"(?<=[.!?]){NO_TITLE}\s+|\n+")
 # "no dots, globules or streaks": one negation for a whole list, which its commas do not end
-ITEM = r"[\w-]+(?: [\w-]+){0,2}"
+ITEM = r"(?!which\b|who\b|that\b)[\w-]+(?: [\w-]+){0,2}"
 DENIED_LIST = re.compile(rf"\b(?:no|without|neither|free of|lacks|lacking) {ITEM}(?:, {ITEM})*,? (?:or|nor) ")
 # "melanoma is unlikely": the negation follows what it negates
 DENIED_BEHIND = re.compile(
     r"(?:(?:,| and| or|,? nor) [\w-]+(?: [\w-]+)?){0,6}: ?(?:none|absent|not |nil|no\b|negative)| not (?:present|"
     r"seen|found|visible|detected|identified|confirmed)\b|"
     r"(?: or [\w-]+| \w+oma| (?:process|lesion|tumou?r|growth|change|disease|neoplasm|nature|cause|behaviou?r|"
-    r"features?))?(?:(?:,| and| or|,? nor) (?!but\b|which\b|though\b|it\b)[\w -]{3,30}?){0,2}"
+    r"features?))?(?:(?:,| and| or|,? nor) (?!but\b|which\b|though\b|although\b|while\b|yet\b|because\b|"
+    r"it\b)[\w -]{3,30}?){0,2}"
     r"(?: (?:is|was|are|were|has been|have been|can be|could be)| (?=not)| can(?= ?not)| could(?= not)) "
     r"(?:(?!not\b|never\b|excluded\b)\w+ )?"
     r"(?:absent|missing|lacking|wanting|nowhere (?:to be )?(?:found|seen)|spared|unaffected|uninvolved|excluded|"
@@ -60,7 +61,8 @@ NOT_ONLY = re.compile(r"\bnot (?=only|just|merely|simply|solely)")  # it denies 
 MARKUP = re.compile(r"\*+|(?<!\w)#+ |(?<=\s)[•-] ")  # of Markdown; it carries no word
 LAY = ("mole", "moles")  # what a patient calls a lesion, whatever it is: "noticed that a mole had changed"
 ASIDE_END = re.compile(
-    r"[.!?;]\s|, (?=(?:which is |that is )?(?:a|one) (?:\w+ )?(?:type|form|kind) of )|, (?=(?:hence|therefore|thus|so) )"
+    r"[.!?;]\s|, (?=(?:which is |that is )?(?:a|one) (?:\w+ )?(?:type|form|kind) of )|, (?=(?:hence|therefore|thus|"
+    r"so) )"
 )
 BESIDE = re.compile(
     r"\b(?:in front of|near|next to|behind|below|beneath|above|beside|close to|adjacent to|beyond|towards?|over|"

@@ -68,8 +68,9 @@ NORMAL_CASE = re.compile(
 )
 UNLIKE = re.compile(r"\b(?:unlike|as opposed to|in contrast to)(?: \w+){0,3} $")
 PERSONAL: tuple[tuple[str, re.Pattern[str]], ...] = (
-    ("name", re.compile(r"\b(?:Mr|Mrs|Ms|Miss|Dr|Prof)\b\.? ?(?=[A-Z\[])|\bDear (?!Sir|Madam|Colleague|Doctor|Patient)[A-Z]|"
-     "\b[Nn]ame(?:d| is|:) [A-Z][a-z]+")),
+    ("name", re.compile(r"\b(?:Mr|Mrs|Ms|Miss|Dr|Prof)\b\.? ?(?=[A-Z\[])|"
+     r"\bDear (?!Sir|Madam|Colleague|Doctor|Patient)[A-Z]|"
+     r"\b[Nn]ame(?:d| is|:) [A-Z][a-z]+")),
     ("date", re.compile(
         rf"\b\d{{1,2}}(?:st|nd|rd|th)?\.? (?:of )?(?:{MONTHS}|(?:jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|"
         rf"dec)\b\.?(?= \d{{4}}\b)),?(?: \d{{4}})?\b"
@@ -256,7 +257,7 @@ def _entailed(facts: Facts) -> set[str]:
 
 
 def _without_given_look(clean: str, facts: Facts) -> str:
-    """The sentence without the terms that say given attributes ("a bright red", "fading border"), or contradict them."""
+    """The sentence without the terms that say given attributes ("a bright red", "fading border") or contradict them."""
     for name in ("asymmetry", "border"):
         for _, term in shape_claims(clean, facts, name) if name in facts else ():
             clean = clean.replace(term.removeprefix("not "), "_" * len(term.removeprefix("not ")), 1)

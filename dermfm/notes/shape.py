@@ -6,6 +6,7 @@ edges", "the margin is clear"), or by what it does ("melts into the skin"); symm
 
 from __future__ import annotations
 
+import functools
 import re
 
 from dermfm.notes import claims as said
@@ -25,12 +26,14 @@ PARTLY = re.compile(
 SYMMETRY = re.compile(
     r"\b(?:(?:perfect|clear|good|complete|overall|marked|bilateral|high|near|full|absolute|great|remarkable|evident|"
     r"obvious|significant|noticeable|pronounced|striking|strong|slight|mild|moderate|definite|notable|visible|some|"
-    r"a?symmetric(?:al)?|degree of|lack of|want of|mirror|severe|maintained|preserved|shows?|showing|displays?|displaying|"
+    r"a?symmetric(?:al)?|degree of|lack of|want of|mirror|severe|maintained|preserved|shows?|showing|displays?|"
+    r"displaying|"
     r"exhibits?|exhibiting|demonstrates?|has|"
     r"have|having|with|reveals?|there is|is|an?|lacks?|lacking|without|no|any|by|"
     r"devoid of) )+(?P<word>a?symmetry)\b(?! ?:| (?:is|was|score|index|axis|axes))"
     r"|\b(?P<about>a?symmetry) (?:about|along|in|across|on|around) (?:both|all|every|either|each|one|two|the two|any)\b"
-    r"|\b(?P<seen>a?symmetry)(?: of (?:\w+ ){0,2}\w+)? (?:is|was) (?:\w+ly )?(?:striking|obvious|marked|clear|plain|present|seen|noted|evident|"
+    r"|\b(?P<seen>a?symmetry)(?: of (?:\w+ ){0,2}\w+)? (?:is|was) (?:\w+ly )?(?:striking|obvious|marked|clear|plain|"
+    r"present|seen|noted|evident|"
     r"observed|apparent|visible|preserved|"
     r"maintained|found)\b"
     r"|\b(?P<kept>a?symmetry)(?: -|:)? (?:present|kept|maintained|preserved|evident|seen|noted|intact)\b"
@@ -39,7 +42,8 @@ SYMMETRY = re.compile(
 )
 HALVES = {
     "asymmetric": re.compile(
-        r"\b(?:halves|sides|parts)(?: of (?:the|this) lesion| of it)? (?:\w+ )?(?:(?:do|does|did|will|would|can) ?not|don't|won't|fail to|"
+        r"\b(?:halves|sides|parts)(?: of (?:the|this) lesion| of it)? (?:\w+ )?(?:(?:do|does|did|will|would|"
+        r"can) ?not|don't|won't|fail to|"
         r"are not|aren't|hardly|never|differ|are (?:un|dif)\w+)(?! differ)|\b(?:is|are|looks?|appears?) (?:lopsided|"
         r"skewed|off-balance)\b"
         r"|\bhalves (?:\w+ ){0,2}nothing alike|\bdevoid of symmetry"
@@ -74,14 +78,16 @@ BLURRED = (
 BE = r"(?:is|are|was|were|appears?|looks?|seems?|remains?|being|stays?)"
 BORDER = {
     "mixed": re.compile(
-        rf"\b{EDGE} mixed\b(?! colou?r)|\bin places {CRISP}\b[^.;]*\bin places\b|\bhere\b[^.;]*\b{CRISP}\b[^.;]*\bthere\b|\bhere\b[^.;]*\b{BLURRED}\b[^.;]*\bthere\b|"
+        rf"\b{EDGE} mixed\b(?! colou?r)|\bin places {CRISP}\b[^.;]*\bin places\b|"
+        rf"\bhere\b[^.;]*\b{CRISP}\b[^.;]*\bthere\b|\bhere\b[^.;]*\b{BLURRED}\b[^.;]*\bthere\b|"
         rf"\b{EDGE}(?: \w+){{0,2}} {BE} (?:of (?:an? )?)?mixed\b(?! colou?r| with)|\bmixed (?:\w+ )?{EDGE}\b"
         rf"|\bin part (?:sharp|crisp|clear|well|neat)\w*(?: \w+){{0,3}} in part\b|"
         rf"\bpartly {CRISP},? (?:and )?partly \w+|\b{EDGE},? (?:\w+ )?of (?:an? |the )?mixed\b(?! colou?r| hue|"
         rf" shade| tone)|\b{EDGE}(?: \w+){{0,2}} (?:neither|not) (?:\w+ )?{CRISP} n?or (?:\w+ )?\w+"
     ),
     "sharp": re.compile(
-        rf"\b{CRISP}-(?:edged|bordered|rimmed|margined|outlined)\b|"
+        rf"\b{EDGE} stands? out (?:clearly|sharply|crisply|well)\b|\b{CRISP}-(?:edged|bordered|rimmed|margined|"
+        rf"outlined)\b|"
         rf"\b(?:sharply|keenly|crisply|clearly|well|neatly|cleanly|precisely|distinctly|abruptly|strictly|"
         rf"exactly)[- ]{DRAWN}\b"
         rf"|\b{CRISP}(?:,? (?:and )?\w+)?,? {EDGE}\b|\b{EDGE}(?: \w+){{0,3}} {BE} (?:\w+ly |very |quite |"
@@ -93,15 +99,19 @@ BORDER = {
     ),
     "indistinct": re.compile(
         rf"\b{BLURRED}-(?:edged|bordered|rimmed|margined|outlined)\b|"
-        rf"\b{EDGE},? (?:that |which )?(?:can ?not|can't|could not|is not|are not|isn't|nobody can|nobody could|no one can|no one could) "
-        rf"(?:be )?(?:\w+ly |well )?(?:to see|traced?|seen|made out|followed|drawn|discerned|told|visible|discernible|found|fixed)\b|"
-        rf"\bwhere (?:it|the lesion) (?:ends|stops)\b[^.;]*\b(?:hard|impossible|difficult|unclear|nobody)\b|\bno line (?:says|shows|marks|tells) where\b|"
+        rf"\b{EDGE},? (?:that |which )?(?:can ?not|can't|could not|is not|are not|isn't|nobody can|nobody could|"
+        rf"no one can|no one could) "
+        rf"(?:be )?(?:\w+ly |well )?(?:to see|traced?|seen|made out|followed|drawn|discerned|told|visible|"
+        rf"discernible|found|fixed)\b|"
+        rf"\bwhere (?:it|the lesion) (?:ends|stops)\b[^.;]*\b(?:hard|impossible|difficult|unclear|nobody)\b|"
+        rf"\bno line (?:says|shows|marks|tells) where\b|"
         rf"\b(?:poorly|ill|vaguely|badly|indistinctly|hardly|barely|weakly|faintly|imprecisely|loosely|"
         rf"scarcely)[- ]{DRAWN}\b|\b(?:not|cannot|can't|without|no) (?:\w+ )?(?:well|clearly|sharply|"
         rf"crisply)[- ]{DRAWN}\b"
         rf"|\b{BLURRED}(?:,? (?:and )?\w+)?,? {EDGE}\b|\b{EDGE}(?: \w+){{0,3}} {BE} (?:\w+ly |very |quite |"
         rf"rather )?{BLURRED}\b"
-        rf"|\b(?:melt|fray|fade|blend|merge|dissolve|bleed|trail|shade|peter|fizzle|diffuse|vanish|run|pass)(?:s|es|ing)? "
+        rf"|\b(?:melt|fray|fade|blend|merge|dissolve|bleed|trail|shade|peter|fizzle|diffuse|vanish|run|pass)(?:s|es|"
+        rf"ing)? "
         r"(?:\w+ ){0,2}?(?:into|out|away|off|gradually|imperceptibly|seamlessly) (?:\w+ ){0,3}?(?:skin|surround\w+|"
         rf"neighbou?r\w+|background|environment|tissue)|\b{EDGE} (?:that |which )?(?:\w+ly )?(?:melts?|fades?|blends?|"
         rf"merges?|"
@@ -124,6 +134,7 @@ def shape_claims(clean: str, facts: Facts, name: str) -> Claims:
     return [claim for part in parts for claim in find(part)]
 
 
+@functools.lru_cache(maxsize=1024)
 def _symmetry(sentence: str) -> Claims:
     told = [c for c in said.claims(sentence, "asymmetry_names") if not _is_of_a_limb(sentence, c)]
     found = [(OPPOSITE[c.group], f"not {c.term}") if c.negated else (c.group, c.term) for c in told]
@@ -150,6 +161,7 @@ def _is_of_a_limb(sentence: str, claim: said.Claim) -> bool:
     )
 
 
+@functools.lru_cache(maxsize=1024)
 def _border(sentence: str) -> Claims:
     told = said.claims(sentence, "border_names")
     groups = {claim.group for claim in told}

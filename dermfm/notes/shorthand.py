@@ -11,9 +11,11 @@ ABBREVIATIONS = {
     "h/o": "history of", "s/p": "history of", "tx": "treatment", "rx": "treatment", "bx": "biopsy",
     "f/u": "follow-up", "rtc": "return to clinic", "c/o": "complains of", "r/o": "rule out", "w/o": "without",
     "ue": "upper extremity", "le": "lower extremity", "df": "dermatofibroma", "scc": "squamous cell carcinoma",
-    "bcc": "basal cell carcinoma", "ssm": "superficial spreading melanoma", "mis": "melanoma in situ", "ka": "keratoacanthoma",
+    "cscc": "squamous cell carcinoma",
+    "bcc": "basal cell carcinoma", "ssm": "superficial spreading melanoma", "mis": "melanoma in situ",
+    "ka": "keratoacanthoma",
 }  # fmt: skip
-DECADES = dict(enumerate("twenties thirties forties fifties sixties seventies eighties nineties".split(), start=2))
+TENS = ["twenties", "thirties", "forties", "fifties", "sixties", "seventies", "eighties", "nineties"]
 SHADE = r"(light|dark)"
 OF_A_LIMB = r"(?=(?:hand|neck|head|knee|foot|ear|leg|thigh|arm|forearm)s?\b)"
 
@@ -67,7 +69,7 @@ PATTERNS = [
     (r"\bd'?scopy\b", "dermoscopy"),
     *(
         (rf"\b(in (?:her|his|their) (?:early |mid[- ]?|late )?){first}0s\b", rf"\1{word}")
-        for first, word in DECADES.items()
+        for first, word in enumerate(TENS, start=2)
     ),
     (r"\bbrn\b", "brown"),
     (r"\bblk\b", "black"),

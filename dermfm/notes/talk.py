@@ -35,7 +35,8 @@ OWN_WILL = (
     r" (?:have not|haven't|do not|don't|did not|didn't|cannot|can't|could not|couldn't|won't|will not)"
 )
 TEXT = (
-    "notes?|texts?|case reports?|case stud(?:y|ies)|records? for|statements?|(?<!on the )lists?|items?|outputs?|write-ups?|"
+    "notes?|texts?|case reports?|case stud(?:y|ies)|records? for|statements?|(?<!on the )lists?|items?|"
+    "outputs?|write-ups?|"
     "responses?|answers?|summary|paragraph|draft|facts|prompt|instructions?|requests?|input|message|document|"
     "wording|template|format|information|data|articles?|page|passage|sentences?|word count|query|conversation"
 )
@@ -60,7 +61,8 @@ TALK = tuple(
         rf"available|shared|visible)\b",
         r"\b(?:nothing|no (?:note|diagnosis|description|assessment|statement|comment|opinion|conclusion|"
         r"answer)) (?:can|could|will|may) be\b",
-        r"\b(?:not possible|impossible) to (?:write|describe|assess|say (?:more|anything|whether|if|what)|diagnose|determine|provide|comment|tell|give|"
+        r"\b(?:not possible|impossible) to (?:write|describe|assess|say (?:more|anything|whether|if|what)|diagnose|"
+        r"determine|provide|comment|tell|give|"
         r"make)\b",
         r"\b(?:note|answer|summary|request|instruction)s? (?:cannot|can't|could not|will not) be\b|\bword count\b",
         # whoever speaks of writing speaks of the note
@@ -81,6 +83,8 @@ TALK = tuple(
         r"\b(?:ai|language model|chatbot|virtual assistant|training data|artificial intelligence)\b",
         r"\b(?:disclaimer|(?:educational|informational|illustrative|illustration) purposes|(?:medical|"
         r"professional) advice|please)\b",
+        r"\bleave (?:\w+ ){1,6}to an? (?:\w+ )?(?:doctor|physician|dermatologist|specialist|professional|clinician|"
+        r"expert)\b",
         r"\b(?:rather|prefer) not (?:to )?(?:commit|say|answer)\b|\bnot proofread\b|\bhappy to help\b",
         r"\b(?:substitute|replacement) for\b|\bnot (?:a|an) (?:\w+ )?(?:diagnosis by|consultation)\b",
         r"^\W*(?:and )?my name is\b|\bi(?:'m| am) an? (?:\w+ )?(?:dermatologist|doctor|physician|clinician|nurse|"
