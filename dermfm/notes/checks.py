@@ -81,6 +81,11 @@ OF_THE_PERSON = re.compile(
     r"asymmetric(?:al)?|delicate|normal|pretty|"
     r"round|long) $"
 )
+# What makes a number no age, behind it
+NO_AGE = (
+    r"\w|[.,:/-]\d| ?[%°]| ?(?:mm|cm|x|×|skin|percent|per cent|months?|weeks?|days?|"
+    r"hours?|minutes?|lesions|times)\b"
+)
 HEADING = re.compile(
     r"\bmalignancy(?: status)?(?::| is| was)?(?= (?:benign|pre|malignant))"
 )  # it claims nothing itself
@@ -153,7 +158,7 @@ def states(clean: str, name: str, facts: Facts) -> bool:
         stem = DERMOSCOPIC if value == "dermoscopic" else rf"\b{re.escape(value)}{NO_PICTURE}"
         return re.search(stem, clean) is not None
     if name == "age":
-        return value in ages(clean) or re.search(rf"\b{value}[- ]year", clean) is not None
+        return value in ages(clean) or re.search(rf"(?<![\w.,/#-]){value}(?!{NO_AGE})", clean) is not None
     if name == "sex":
         return any(c.group == value and not _denied(clean, c) for c in said.claims(clean, "sex_names"))
     if name == "malignancy":

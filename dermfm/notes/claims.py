@@ -57,7 +57,9 @@ DENIED_BEHIND = re.compile(
     r"demonstrated|recogni[sz]ed|discernible|consideration|concern|issue|possibility|option|entertained|favou?red|"
     r"supported|evident|considered|apparent|the case|suspected|likely))\b"
 )
-NOT_ONLY = re.compile(r"\bnot (?=only|just|merely|simply|solely)")  # it denies nothing
+NOT_ONLY = re.compile(
+    r"\bnot (?=only|just|merely|simply|solely)|\bnothing (?=other than|but\b|short of)"
+)  # it denies nothing
 MARKUP = re.compile(r"\*+|(?<!\w)#+ |(?<=\s)[•-] ")  # of Markdown; it carries no word
 LAY = ("mole", "moles")  # what a patient calls a lesion, whatever it is: "noticed that a mole had changed"
 ASIDE_END = re.compile(

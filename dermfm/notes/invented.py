@@ -20,7 +20,7 @@ NO_LOOK = re.compile(  # "regular checks", "2 mm thick"
     r"|\b(?:mm|cm|millimet\w+|centimet\w+) (?:thick|raised|elevated)\b"
 )
 LOOKS_LIKE = re.compile(
-    r"\b\w+-(?:like|shaped|colou?red|toned|edged|textured|tinged|hued|tinted|bordered|patterned|surfaced|topped|"
+    r"\b(?!(?:two|three|four|five|six)-colou?red)\w+-(?:like|shaped|colou?red|toned|edged|textured|tinged|hued|tinted|bordered|patterned|surfaced|topped|"
     r"rimmed)\b"
     r"|\b(?:resembl\w+|looks? like|looking like|reminiscent of) an? (?!benign|malignant|typical|"
     r"harmless)(?!(?:\w+ ){0,2}(?:lesion|skin|nevus|naevus|mole|\w+oma|keratosis|lentigo)\b)\w+"
@@ -88,7 +88,7 @@ PERSONAL: tuple[tuple[str, re.Pattern[str]], ...] = (
         r"\b[A-Z]{2,5}[_-]\d{3,}|\b(?:[Tt]icket|[Rr]ef|[Cc]laim|[Pp]olicy)\b\.?(?: no\.?| number)?[:#\s]*\d[\w/-]{3,}"
     )),
     ("id", re.compile(
-        r"\b(?:accession|specimen|slide|block|request|reference|ref|sample|study|image|"
+        r"\b(?:accession|specimen|slide|block|report|insurance|request|reference|ref|sample|study|image|"
         r"lab)\b[^.;]{0,12}\b[A-Z]*\d[\dA-Z]*"
         r"[-/]\d{3,}", re.IGNORECASE)),
 )  # fmt: skip

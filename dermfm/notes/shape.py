@@ -50,6 +50,8 @@ HALVES = {
         r"|\bnot (?:a |the )?mirror|\bneither half (?:mirrors|matches)|\bone half (?:\w+ ){0,2}(?:unlike|differ|not)"
     ),
     "symmetric": re.compile(
+        r"\b(?:one|each) (?:half|side)(?: of (?:the|this) \w+| of it)? (?:\w+ly )?(?:mirrors|matches|equals|repeats|"
+        r"answers|echoes|is like|looks like|corresponds to|is the (?:mirror|twin) of) the other|\bsame on (?:both|either) sides?\b|"
         r"\bneither half \w+ the other|\bhalves (?:\w+ ){0,4}in a mirror|"
         r"\b(?:matching|equal|identical|congruent|like) halves\b|\bhalves (?:of (?:the|this|its) \w+ |of it )?"
         r"(?:\w+ly )?(?:match|mirror|correspond|agree|are (?:\w+ly )?(?:alike|equal|identical|the same|"
@@ -99,13 +101,15 @@ BORDER = {
     ),
     "indistinct": re.compile(
         rf"\b{BLURRED}-(?:edged|bordered|rimmed|margined|outlined)\b|"
-        rf"\b{EDGE},? (?:that |which )?(?:can ?not|can't|could not|is not|are not|isn't|nobody can|nobody could|"
+        rf"\b{EDGE},? (?:that |which )?(?:can ?not|can't|could not|is not|are not|isn't|not|nobody can|nobody could|"
         rf"no one can|no one could) "
         rf"(?:be )?(?:\w+ly |well )?(?:to see|traced?|seen|made out|followed|drawn|discerned|told|visible|"
         rf"discernible|found|fixed)\b|"
-        rf"\bwhere (?:it|the lesion) (?:ends|stops)\b[^.;]*\b(?:hard|impossible|difficult|unclear|nobody)\b|"
+        rf"\b(?:hard|hardly|impossible|difficult|cannot|can not|can't|nobody|no one|unclear|not clear)\b[^.;,]*"
+        rf"\bwhere (?:it|the lesion|one) (?:ends|stops|begins)\b|\bwhere (?:it|the lesion) (?:ends|stops)\b[^.;]*"
+        rf"\b(?:hard|impossible|difficult|unclear|nobody)\b|"
         rf"\bno line (?:says|shows|marks|tells) where\b|"
-        rf"\b(?:poorly|ill|vaguely|badly|indistinctly|hardly|barely|weakly|faintly|imprecisely|loosely|"
+        rf"\b(?:poorly|fuzzily|hazily|softly|ill|vaguely|badly|indistinctly|hardly|barely|weakly|faintly|imprecisely|loosely|"
         rf"scarcely)[- ]{DRAWN}\b|\b(?:not|cannot|can't|without|no) (?:\w+ )?(?:well|clearly|sharply|"
         rf"crisply)[- ]{DRAWN}\b"
         rf"|\b{BLURRED}(?:,? (?:and )?\w+)?,? {EDGE}\b|\b{EDGE}(?: \w+){{0,3}} {BE} (?:\w+ly |very |quite |"
@@ -120,7 +124,7 @@ BORDER = {
         rf"|\b{EDGE}:? {BLURRED}(?=[.,;]|$)"
         rf"|\b(?:hard|difficult|impossible) to (?:\w+ )?(?:trace|tell|define|discern|delineate|make out|follow|"
         rf"determine)\b"
-        rf"|\b(?:no|without an?|lacks? an?|lacking an?) (?:\w+ )?(?:sharp|clear|crisp|distinct|discernible|"
+        rf"|\b(?:no|without(?: an?)?|lacks? an?|lacking an?) (?:\w+ )?(?:sharp|clear|crisp|distinct|discernible|"
         rf"definite|definable|clear-cut) {EDGE}"
     ),
 }  # fmt: skip
@@ -161,8 +165,24 @@ def _is_of_a_limb(sentence: str, claim: said.Claim) -> bool:
     )
 
 
+BOTH = (re.compile(rf"\b(?:{CRISP}|crisply|sharply)\b"), re.compile(rf"\b(?:{BLURRED}|blurring|fades?)\b"))
+
+
+def _is_both(sentence: str) -> bool:
+    """Whether a border is said to be sharp and blurred at once: "a mixture of sharp and fading stretches"."""
+    if (
+        re.search(rf"\b{EDGE}\b", sentence) is None
+        or re.search(r"\b(?:mixture|mix|combination|blend) of\b", sentence) is None
+    ):
+        return False
+    found = [pattern.search(sentence) for pattern in BOTH]
+    return all(m is not None and not said.is_negated(sentence, m.start(), m.end()) for m in found)
+
+
 @functools.lru_cache(maxsize=1024)
 def _border(sentence: str) -> Claims:
+    if _is_both(sentence):
+        return [("mixed", "mixed")]
     told = said.claims(sentence, "border_names")
     groups = {claim.group for claim in told}
     found = [(f"not {c.group}", f"not {c.term}") if c.negated else (c.group, c.term) for c in told]
@@ -171,9 +191,11 @@ def _border(sentence: str) -> Claims:
         if match is not None and group not in groups and "mixed" not in groups:
             denied = said.is_negated(sentence, match.start(), match.end())
             found.append((f"not {group}" if denied else group, match[0]))
-    named = {group.removeprefix("not ") for group, _ in found}
-    if ("mixed", "mixed") in [(group, term.split()[-1]) for group, term in found] and {"sharp", "indistinct"} < named:
+    named = {group for group, _ in found}
+    held = {group for group in named if not group.startswith("not ")}
+    if ("mixed", "mixed") in [(group, term.split()[-1]) for group, term in found] and {"sharp", "indistinct"} < held:
         return [("mixed", "mixed")]  # "mixed: sharp above and indistinct below"
-    if len(named) > 1 and PARTLY.search(sentence):
+    at_odds = len(held) > 1 or any(f"not {group}" in named for group in held)
+    if at_odds and PARTLY.search(sentence):
         return [("mixed", "partly")]
     return found

@@ -25,7 +25,7 @@ def _of_sex(letter: str, sex: str) -> list[tuple[str, str]]:
     aged = rf"\1-year-old {sex}"
     return [
         (rf"(?:^|(?<=\ba )|(?<=\bpatient ))(\d{{1,2}}){letter}\b", aged),
-        (rf"(?<![\w.-])(\d{{2,3}}) ?{letter}(?=[,.:;)]|$)", aged),
+        (rf"(?<![\w.,-])(\d{{2,3}}) ?{letter}(?=[,.:;)]|$| /| w/| with\b| who\b)", aged),
         (rf"\b(?:{letter}|{sex})(?:, ?|/)(\d{{1,3}})\b|\b(\d{{1,3}}) ?/ ?{letter}\b", rf"\1\2-year-old {sex}"),
         (rf"\b(\d{{1,3}}-year-old) {letter}\b", rf"\1 {sex}"),
         (rf"\b(?:sex|gender): ?{letter}\b", f"sex: {sex}"),
@@ -81,7 +81,9 @@ PATTERNS = [
     (r"\banything but\b", "not"),
     (r"\bin (?:association|company) with\b", "associated with"),
     (rf"\b{SHADE} ?[+&] ?{SHADE} brown\b", r"\1 brown and \2 brown"),
-    (r"\bsymmetry(?::| -) (?:none|absent|no)\b", "asymmetric"),
+    (r"\bsymmetry(?::| -)? (?:none|absent|no(?=[.,;]|$))\b", "asymmetric"),
+    (r"(?<!a)\bsymmetry(?::| -)? (?:yes|full|given)\b", "symmetric"),
+    (r"\bsolar lentiginous(?= lesion|[.,;]|$)", "solar lentigo"),
     (r"\bin[- ]situ\b", "in situ"),
     (r"\bin situ melanoma\b|\bmelanoma, (?:still |yet )?in situ\b", "melanoma in situ"),
     (r"\bmelanoma, invasive\b", "invasive melanoma"),
@@ -93,6 +95,7 @@ PATTERNS = [
     (rf"\b(?:the )?backs? of (?:the |his |her |their )?{OF_A_LIMB}", "the "),
     (r"\basymmetry: ?(?:yes|present|seen|\+)(?=\W|$)", "asymmetric"),
     (rf"\b{SHADE},? as well as {SHADE} brown\b", r"\1 brown and \2 brown"),
+    (rf"\bbrown[ -]{SHADE}\b(?! brown)", r"\1 brown"),
     (rf"\b{SHADE}er brown\b", r"\1 brown"),
     (
         rf"\b(?:two |both |shades of |tones of |hues of )*browns?,? ?\(?{SHADE} (and|or|to) {SHADE}\)?(?! brown)",

@@ -12,8 +12,8 @@ from dermfm.notes.invented import given_words, plain_words
 LIKE = 0.82  # least share of letters in common (difflib's ratio): "kerosis" is keratosis, "keraxis" is no word
 USUAL = frozenset([
     "dermoscopic", "dermoscopy", "dermatoscopic", "clinical", "image", "photograph", "lesion", "border", "borders",
-    "margin", "symmetric", "asymmetric", "sharply", "indistinct", "bordered", "extremity", "patient", "female", "male", "colours",
-    "structures", "diagnosis",
+    "margin", "symmetric", "asymmetric", "sharply", "indistinct", "bordered", "extremity", "patient", "female", "male",
+    "colours", "structures", "diagnosis",
 ])  # fmt: skip
 
 

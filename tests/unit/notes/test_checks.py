@@ -165,3 +165,26 @@ def test_repair_removes_what_is_invented_and_states_what_is_missing():
 
 def test_a_note_without_one_sound_sentence_is_not_repaired():
     assert repair_note("It is a rare melanoma.", FACTS) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "facts"),
+    [
+        ("Dermoscpy of a compuond nevus on the back of a 55-year-old woman; it is bening.", FACTS),
+        ("Dermosc.: compoundnevus, back, female, 55, benign.", FACTS),
+        ("Clinical image: melanoma in situ (malig.).", MELANOMA),
+    ],
+)
+def test_misspelt_cut_and_joined_words_state_the_given_facts(text, facts):
+    assert find_faults(text, facts) == []
+
+
+def test_a_word_that_is_only_somewhat_like_a_given_one_is_not_put_right():
+    assert "missing: diagnosis" in find_faults("The clinical image shows a keraxis. It is pre-cancerous.", KERATOSIS)
+
+
+@pytest.mark.timeout(60)  # a pattern that backtracks without end takes hours, any other a few milliseconds
+@pytest.mark.parametrize("word", ["bilateral", "symmetrical", "no", "sharp", "nevus", "border,", "or", "melanoma or"])
+def test_a_text_of_one_word_over_and_over_is_judged_like_any_other(word):
+    facts = FACTS | {"asymmetry": "symmetric", "border": "sharp", "colours": "red"}
+    assert "missing: site" in find_faults(f"The lesion is {' '.join([word] * 120)}.", facts)
