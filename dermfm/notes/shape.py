@@ -50,8 +50,9 @@ HALVES = {
         r"|\bnot (?:a |the )?mirror|\bneither half (?:mirrors|matches)|\bone half (?:\w+ ){0,2}(?:unlike|differ|not)"
     ),
     "symmetric": re.compile(
-        r"\b(?:one|each) (?:half|side)(?: of (?:the|this) \w+| of it)? (?:\w+ly )?(?:mirrors|matches|equals|repeats|"
-        r"answers|echoes|is like|looks like|corresponds to|is the (?:mirror|twin) of) the other|\bsame on (?:both|either) sides?\b|"
+        r"\b(?:one|each) (?:half|side)(?: of (?:the|this) \w+| of it)? (?:\w+ly )?"
+        r"(?:mirrors|matches|equals|repeats|answers|echoes|is like|looks like|corresponds to|is the mirror "
+        r"of|is the twin of) the other|\bsame on (?:both|either) sides?\b|"
         r"\bneither half \w+ the other|\bhalves (?:\w+ ){0,4}in a mirror|"
         r"\b(?:matching|equal|identical|congruent|like) halves\b|\bhalves (?:of (?:the|this|its) \w+ |of it )?"
         r"(?:\w+ly )?(?:match|mirror|correspond|agree|are (?:\w+ly )?(?:alike|equal|identical|the same|"
