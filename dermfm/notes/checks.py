@@ -59,7 +59,8 @@ OTHER_IMAGE = {
     ),
 }
 OF_A_LESION = re.compile(
-    r"\b(?:lesion|mole|skin|patient|diagnos\w+|image|tumou?r|growth|nevus|carcinoma|melanoma|keratos[ei]s|he|she|his|"
+    r"\b(?:lesion|mole|man|woman|lady|gentleman|photo\w*|skin|patient|diagnos\w+|image|tumou?r|growth|nevus|"
+    r"carcinoma|melanoma|keratos[ei]s|he|she|his|"
     r"her)s?\b"
 )
 # What has one value: a note that both states the given one and contradicts it contradicts itself
@@ -68,6 +69,13 @@ OF_ONE_VALUE = ("age", "sex", "site", "asymmetry", "border", "diagnosis", "malig
 NO_PICTURE = (
     r"(?!\w* (?:note|significan|issue|diagnos|history|context|correlation|trial|practice|impression|nurse|staff|"
     r"team|relevance|concern|course|setting|management|decision|suspicion|dermatolog|record|stud))"
+)
+BECOMING = re.compile(
+    r"\b(?:become|becomes|becoming|turn|turns|turning|progress\w*|grow|grows) (?:to |into )?(?:an? )?invasive\b"
+)
+OF_AN_ORGAN = re.compile(
+    r"\b(?:diagnosis|lesion|it|this) (?:is|was) (?:an? )?(?:\w+ )?(?:lung|breast|prostate|colon|cervical|bladder|"
+    r"ovarian) cancer\b"
 )
 NOT_INVASIVE = re.compile(
     r"\bnot (?:become |yet |turned )?invasive\b|\b(?:is|was) an? non-?invasive\b|"
@@ -304,10 +312,12 @@ def _against_diagnosis(clean: str, given: str) -> Iterator[str]:
             and match[0] not in given
         ):
             yield match[0]
+    if (found := OF_AN_ORGAN.search(clean)) is not None:
+        yield found[0]
     if "invasive" in given and (found := NOT_INVASIVE.search(clean)) is not None:
         yield found[0]
     for one, other in (("in situ", "invasive"), ("invasive", "in situ")):
-        if one in given and other not in given and states_phrase(clean, other):
+        if one in given and other not in given and states_phrase(BECOMING.sub("", clean), other):
             yield other
 
 

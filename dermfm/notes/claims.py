@@ -70,7 +70,9 @@ BESIDE = re.compile(
     r"\b(?:in front of|near|next to|behind|below|beneath|above|beside|close to|adjacent to|beyond|towards?|over|"
     r"overlying|bordering) (?:the |his |her |their )?(?:left |right |upper |lower )*$"
 )
-NEAR = re.compile(r"\b(?:near|next to|beside|close to|adjacent to) (?:the |his |her |their )?(?:\w+ )?$")  # never at it
+NEAR = re.compile(
+    r"\b(?:near|below|above|beneath|next to|beside|close to|adjacent to) (?:the |his |her |their )?(?:\w+ )?$"
+)  # never at it
 FOUND_ON = re.compile(
     r"\b(?:often|commonly|typically|usually|frequently|primarily|mostly|can|may) (?:\w+ )?"
     r"(?:found|occurs?|appears?|seen|develops?|arises?|affects?)\b[^.;]*$"

@@ -81,7 +81,7 @@ PERSONAL: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("address", re.compile(r"\b\d{1,4} (?:[A-Z][a-z]+ ){1,2}(?:Street|St|Road|Rd|Avenue|Ave|Lane|Drive|Way|Square)\b")),
     ("id", re.compile(
         r"\b(?:patient|record|case|file|hospital|insurance|account|chart|social security)['\w]* ?"
-        r"(?:no|nr|number|id|#)\b\.?[:#\s]*[\w/-]*\d", re.IGNORECASE)),
+        r"(?:no|nr|number|id|#)\b\.?(?: is| was)?[:#\s]*[\w/-]*\d", re.IGNORECASE)),
     ("id", re.compile(r"\b\d{6,}\b|\b\d{3}-\d{2}-\d{3,4}\b")),
     ("id", re.compile(r"\b(?:MRN|SSN|[Pp]atient (?:ID|id|number)|[Cc]ase number|ID)[:#\s]*\w*\d\w*")),
     ("id", re.compile(

@@ -93,7 +93,7 @@ PATTERNS = [
     (r"\bseb\.? (?=keratos|wart)", "seborrheic "),
     (r"(?<!-)\bak\b(?!-)", "actinic keratosis"),
     (rf"\b(?:the )?backs? of (?:the |his |her |their )?{OF_A_LIMB}", "the "),
-    (r"\basymmetry: ?(?:yes|present|seen|\+)(?=\W|$)", "asymmetric"),
+    (r"\basymmetry(?::| -)? ?(?:yes|present|seen|\+)(?=\W|$)", "asymmetric"),
     (rf"\b{SHADE},? as well as {SHADE} brown\b", r"\1 brown and \2 brown"),
     (rf"\bbrown[ -]{SHADE}\b(?! brown)", r"\1 brown"),
     (rf"\b{SHADE}er brown\b", r"\1 brown"),

@@ -85,7 +85,8 @@ TALK = tuple(
         r"professional) advice|please)\b",
         r"\bleave (?:\w+ ){1,6}to an? (?:\w+ )?(?:doctor|physician|dermatologist|specialist|professional|clinician|"
         r"expert)\b",
-        r"\b(?:rather|prefer) not (?:to )?(?:commit|say|answer)\b|\bnot proofread\b|\bhappy to help\b",
+        r"\b(?:rather|prefer) not (?:to )?(?:commit|say|answer)\b|\bnot proofread\b|"
+        r"\bhappy to help\b|\bthe (?:correct |right )?answer is\b",
         r"\b(?:substitute|replacement) for\b|\bnot (?:a|an) (?:\w+ )?(?:diagnosis by|consultation)\b",
         r"^\W*(?:and )?my name is\b|\bi(?:'m| am) an? (?:\w+ )?(?:dermatologist|doctor|physician|clinician|nurse|"
         r"student)\b",
