@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("--help", "-h", "help"):
-        print(usage())
+        show(usage())
         return DONE if argv else BAD_INPUT
     heed_stops(argv[0])
     try:
@@ -71,11 +71,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         job = importlib.import_module(f"launch.{call.job}")
         schema = job.schema(call)
         if call.help:
-            print(f"{(job.__doc__ or '').strip()}\n\nKeys (dermfm {call.job} --explain shows values and origins):")
-            print(explain(schema))
+            head = f"{(job.__doc__ or '').strip()}\n\nKeys (dermfm {call.job} --explain shows values and origins):"
+            show(f"{head}\n{explain(schema)}")
             return DONE
         if call.explain:
-            print(explain(schema, call.config, call.overrides))
+            show(explain(schema, call.config, call.overrides))
             return DONE
         config = load(schema, call.config, call.overrides)
         return int(job.run(config, call))
@@ -92,6 +92,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\ndermfm {argv[0]}: stopped; the same command continues", file=sys.stderr)
         return RESUMABLE
+
+
+def show(text: str) -> None:
+    """Print a text to be read; a reader that has read enough (`| head`) is no error."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter tells of it at its end
 
 
 def parse(argv: Sequence[str]) -> Call:

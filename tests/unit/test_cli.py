@@ -221,3 +221,14 @@ def test_explain_shows_origins_and_does_not_run_the_job(job, capsys, tmp_path):
         f"epochs = 4   [int] ({path})  passes",
     ]
     assert calls == []
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["notes", "--help"], ["notes", "--explain"]])
+def test_a_reader_that_has_read_enough_is_no_error(argv):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as stdout:
+        done = subprocess.run(
+            [sys.executable, "-m", "launch.cli", *argv], stdout=stdout, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert (done.returncode, done.stderr) == (0, "")
