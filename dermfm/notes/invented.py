@@ -34,27 +34,11 @@ ANYWHERE = re.compile(r"\b(?:any|all) (?:part|area|region)s? of the (?:human )?(
 OF_A_DISEASE = re.compile(
     r"\b(?:lesion|skin|condition|disease|disorder|tumou?r|growth|nevus|\w+oma|keratos[ei]s|cancer)s?\b"
 )
-OF_DISEASES = frozenset(
-    [
-        "rare",
-        "uncommon",
-        "common",
-        "aggressive",
-        "severe",
-        "mild",
-        "spread",
-        "prevalent",
-        "mutation",
-        "gene",
-        "risk",
-        "prognosis",
-        "survival",
-        "dangerous",
-        "deadly",
-        "fatal",
-        "stage",
-    ]
-)
+OF_DISEASES = frozenset([
+    "rare", "uncommon", "common", "aggressive", "severe", "mild", "spread", "prevalent", "mutation", "gene", "risk",
+    "prognosis", "survival", "dangerous", "deadly", "fatal", "stage",
+])  # fmt: skip
+# A colour that mixes colours where fewer than two are given, and looks that are called normal
 MIXED_COLOURS = re.compile(
     r"\bmixed colou?r\w*|\b(?:mix|mixture) of (?:\w+ ){0,2}(?:colou?rs?|brown|shades?|hues?|tones?|white|red|black)\b"
 )

@@ -1,10 +1,10 @@
 """The checker judged on notes that were labelled sentence by sentence before it had run on them.
 
 How to label is written in LABELLING.md, precisely enough for two people to agree. Each file's first line tells how its
-notes came about and what the checker scored at its first look, which is the honest figure: it was mended on them
-afterwards, one file after the other (but for the last, outside_f), and what is asserted here is the later state. The
-sets "outside" were written and labelled by people who knew the guide and nothing of the checker; the others by people
-who knew its rules.
+notes came about and what the checker scored at its first look, which is the honest figure: it was mended on most of
+them afterwards, one file after the other, and what is asserted here is the later state. It was not mended on the last,
+outside_l, nor on outside_j, outputs under free prompts and at high temperatures. The sets "outside" and "mended" were
+written and labelled by people who knew the guide and nothing of the checker; the others by people who knew its rules.
 """
 
 from __future__ import annotations
@@ -33,6 +33,13 @@ SETS = (
     "labelled_notes_outside_d.jsonl",
     "labelled_notes_outside_e.jsonl",
     "labelled_notes_outside_f.jsonl",
+    "labelled_notes_outside_g.jsonl",
+    "labelled_notes_outside_h.jsonl",
+    "labelled_notes_outside_i.jsonl",
+    "labelled_notes_outside_j.jsonl",
+    "labelled_notes_outside_k.jsonl",
+    "labelled_notes_mended_written.jsonl",
+    "labelled_notes_mended_raw.jsonl",
 )
 OF_THE_NOTE = ("refusal", "unfinished", "repetition", "self-contradiction", "personal")
 RESIDUAL = "unsupported: other"  # counts only where nothing else is wrong with the sentence
@@ -110,14 +117,21 @@ OF_SET = {
     "labelled_notes_outside_d.jsonl": {"unsupported": 0.88, "unsupported: site": 0.8, "unsupported: appearance": 0.7},
     "labelled_notes_outside_e.jsonl": {"unsupported: site": 0.75, "unsupported: size": 0.84}
     | {"unsupported: treatment": 0.85, "unsupported: appearance": 0.8},
-    # judges the checker as it is: it was not mended on this set
-    "labelled_notes_outside_f.jsonl": {"contradiction": 0.88, "unsupported": 0.85, "self-contradiction": 0.79}
-    | {
-        "unsupported: site": 0.86,
-        "unsupported: history": 0.69,
-        "unsupported: age": 0.72,
-        "unsupported: appearance": 0.76,
-    },
+    "labelled_notes_outside_f.jsonl": {"self-contradiction": 0.87, "unsupported: site": 0.86, "unsupported: age": 0.72}
+    | {"unsupported: history": 0.72, "unsupported: appearance": 0.77},
+    "labelled_notes_outside_g.jsonl": {"contradiction": 0.83, "unsupported": 0.87, "self-contradiction": 0.8}
+    | {"unsupported: site": 0.63, "unsupported: size": 0.78, "unsupported: treatment": 0.82, "unsupported: age": 0.71}
+    | {"unsupported: appearance": 0.85},
+    "labelled_notes_outside_h.jsonl": {"unsupported: appearance": 0.69},
+    "labelled_notes_outside_i.jsonl": {"unsupported: treatment": 0.84},
+    "labelled_notes_outside_j.jsonl": {"contradiction": 0.71, "unsupported": 0.79, "self-contradiction": 0.7}
+    | {"refusal": 0.84, "unsupported: site": 0.41, "unsupported: size": 0.89, "unsupported: history": 0.57}
+    | {"unsupported: treatment": 0.78, "unsupported: age": 0.85, "unsupported: appearance": 0.8},
+    "labelled_notes_outside_k.jsonl": {"unsupported: symptom": 0.88},
+    "labelled_notes_mended_written.jsonl": {"unsupported: appearance": 0.82},
+    "labelled_notes_mended_raw.jsonl": {"contradiction": 0.84, "unsupported": 0.87, "self-contradiction": 0.78}
+    | {"unsupported: site": 0.66, "unsupported: size": 0.83, "unsupported: symptom": 0.45, "unsupported: history": 0.65}
+    | {"unsupported: age": 0.88, "unsupported: appearance": 0.82},
 }
 ENOUGH = 5  # labelled faults of a kind from which its precision and recall mean something by themselves
 
