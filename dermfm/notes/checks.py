@@ -26,10 +26,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dermfm.notes import claims as said
+from dermfm.notes.against import against_diagnosis, class_of, denied_head, same_diagnosis
 from dermfm.notes.ages import age_band, age_words, ages
 from dermfm.notes.claims import WORD, normalise, phrases_of, sentences, states_phrase, without
 from dermfm.notes.facts import APPEARANCE, Facts, split_words, terms
-from dermfm.notes.invented import class_of_facts, personal_details, unsupported
+from dermfm.notes.invented import personal_details, unsupported
 from dermfm.notes.shape import shape_claims
 from dermfm.notes.spelling import put_right
 from dermfm.notes.talk import talk
@@ -69,17 +70,6 @@ OF_ONE_VALUE = ("age", "sex", "site", "asymmetry", "border", "diagnosis", "malig
 NO_PICTURE = (
     r"(?!\w* (?:note|significan|issue|diagnos|history|context|correlation|trial|practice|impression|nurse|staff|"
     r"team|relevance|concern|course|setting|management|decision|suspicion|dermatolog|record|stud))"
-)
-BECOMING = re.compile(
-    r"\b(?:become|becomes|becoming|turn|turns|turning|progress\w*|grow|grows) (?:to |into )?(?:an? )?invasive\b"
-)
-OF_AN_ORGAN = re.compile(
-    r"\b(?:diagnosis|lesion|it|this) (?:is|was) (?:an? )?(?:\w+ )?(?:lung|breast|prostate|colon|cervical|bladder|"
-    r"ovarian) cancer\b"
-)
-NOT_INVASIVE = re.compile(
-    r"\bnot (?:become |yet |turned )?invasive\b|\b(?:is|was) an? non-?invasive\b|"
-    r"\bnon-?invasive (?:squamous|melanoma|carcinoma|form)"
 )
 # "tumours that can be benign or malignant"
 EITHER = re.compile(r"\bbenign(?:,| or| and|, or) malignant\b|\bmalignant (?:or|and) benign\b")
@@ -181,7 +171,7 @@ def states(clean: str, name: str, facts: Facts) -> bool:
         clean = re.sub(r"\bof (?:his|her|their) ", "of the ", clean)  # "the front of her torso"
         return any(states_phrase(clean, way, SITE_REACH) for way in ways)
     plain = re.sub(r" \([^()]*\)", "", clean)  # "dysplastic (atypical) nevus"
-    ways = [value, *_same(value), *_of_type(value)]
+    ways = [value, *same_diagnosis(value), *_of_type(value)]
     return any(states_phrase(text, way) for way in ways for text in {clean, plain})
 
 
@@ -191,11 +181,6 @@ def _of_type(diagnosis: str) -> list[str]:
     front, _, rest = diagnosis.partition(" ")  # "squamous cell carcinoma of invasive type"
     parts = {(head, first), (rest, front)} if first.isascii() and first else set()
     return [f"{noun} of {article}{kind} type" for noun, kind in sorted(parts) for article in ("", "the ", "a ")]
-
-
-def _same(diagnosis: str) -> list[str]:
-    """Other ways to say the diagnosis (in lower case)."""
-    return next((ways for name, ways in terms()["same_diagnosis"].items() if name.lower() == diagnosis), [])
 
 
 def _denied(clean: str, claim: said.Claim) -> bool:
@@ -224,7 +209,7 @@ def _form_faults(clean: str, rules: Rules) -> Iterator[Fault]:
 def _contradicted(clean: str, facts: Facts) -> Iterator[tuple[str, str]]:
     """(fact, term) of what the sentence says against the given facts."""
     if "diagnosis" in facts:
-        yield from (("diagnosis", term) for term in _against_diagnosis(clean, facts["diagnosis"].lower()))
+        yield from (("diagnosis", term) for term in against_diagnosis(clean, facts["diagnosis"].lower()))
     for claim in _malignancy_of_it(clean, facts) if "malignancy" in facts else ():
         if (claim.group == facts["malignancy"]) == claim.negated and not _goes_with(claim, facts["malignancy"]):
             yield "malignancy", f"{'not ' * claim.negated}{claim.term}"
@@ -289,58 +274,12 @@ def _is_idle(clean: str, match: re.Match[str]) -> bool:
     return said.is_negated(clean, at, match.end()) or said.is_aside(clean, at) or said.is_of_all(clean, at)
 
 
-def _against_diagnosis(clean: str, given: str) -> Iterator[str]:
-    code = class_of(given)
-    names_given = any(c.group == code and c.term not in said.LAY for c in said.claims(clean, "class_names"))
-    for claim in said.claims(clean, "class_names"):
-        if claim.group == code and claim.negated and not claim.aside:
-            yield f"not {claim.term}"
-        elif claim.term in said.LAY and (names_given or claim.term == "moles"):
-            continue  # "the mole is a melanoma"
-        elif claim.group != code and not claim.negated and not claim.aside and claim.term not in given:
-            yield claim.term
-    found = re.search(r"\bnon-?melanoma", clean) if code == "MEL" else None
-    if found is not None and not said.is_aside(clean, found.start()):
-        yield found[0]
-    if (denied := denied_head(clean, given)) is not None:
-        yield f"not {denied}"
-    is_named = said.other_diseases().search(clean) is not None
-    blank = without(clean, [*phrases_of("class_names"), given, *_same(given)]) if is_named else ""
-    for match in said.other_diseases().finditer(blank):
-        if (
-            not (said.is_negated(clean, match.start(), match.end()) or said.is_aside(clean, match.start()))
-            and match[0] not in given
-        ):
-            yield match[0]
-    if (found := OF_AN_ORGAN.search(clean)) is not None:
-        yield found[0]
-    if "invasive" in given and (found := NOT_INVASIVE.search(clean)) is not None:
-        yield found[0]
-    for one, other in (("in situ", "invasive"), ("invasive", "in situ")):
-        if one in given and other not in given and states_phrase(BECOMING.sub("", clean), other):
-            yield other
-
-
-def denied_head(clean: str, given: str) -> str | None:
-    """The last word of the given diagnosis where the sentence denies that ("no lentigo" of a solar lentigo)."""
-    head = given.split(" (")[0].split()[-1] if given else ""
-    denial = (
-        rf"\b(?:no|not|not an?|without an?|never an?) (?:evidence of |signs? of )?(?:an? |the )?{re.escape(head)}s?\b"
-    )
-    return head if head and re.search(denial, clean) else None
-
-
 def _against_findings(clean: str, facts: Facts) -> Iterator[tuple[str, str]]:
     """Proliferations are the findings' noun: another first word than the given one is another finding."""
     if "findings" in facts:
         for match in re.finditer(r"\b(benign|malignant|indeterminate) (?:\w+ ){0,3}proliferations?", clean):
             if not facts["findings"].lower().startswith(match[1]):
                 yield "findings", match[0]
-
-
-def class_of(diagnosis: str) -> str | None:
-    """The class code of a plain diagnosis, by the first class name of the longest match in it; None if none."""
-    return class_of_facts({"diagnosis": diagnosis})
 
 
 def _malignancy_claims(clean: str, facts: Facts, asides: bool = False) -> list[said.Claim]:
