@@ -13,6 +13,14 @@ from dermfm.notes.invented import class_of_facts
 BECOMING = re.compile(
     r"\b(?:become|becomes|becoming|turn|turns|turning|progress\w*|grow|grows) (?:to |into )?(?:an? )?invasive\b"
 )
+# Kinds of nevi and of melanomas: one excludes the others
+KINDS = (
+    (
+        ("compound", "junctional", "intradermal", "dermal", "blue", "spitz", "reed", "halo"),
+        r"(?:nev\w+|naev\w+|moles?)",
+    ),
+    (("nodular", "superficial spreading", "acral", "desmoplastic"), "melanomas?"),
+)
 OF_AN_ORGAN = re.compile(
     r"\b(?:diagnosis|lesion|it|this) (?:is|was) (?:an? )?(?:\w+ )?(?:lung|breast|prostate|colon|cervical|bladder|"
     r"ovarian) cancer\b"
@@ -47,6 +55,7 @@ def against_diagnosis(clean: str, given: str) -> Iterator[str]:
             and match[0] not in given
         ):
             yield match[0]
+    yield from _other_kinds(clean, given)
     if (found := OF_AN_ORGAN.search(clean)) is not None:
         yield found[0]
     if "invasive" in given and (found := NOT_INVASIVE.search(clean)) is not None:
@@ -54,6 +63,18 @@ def against_diagnosis(clean: str, given: str) -> Iterator[str]:
     for one, other in (("in situ", "invasive"), ("invasive", "in situ")):
         if one in given and other not in given and states_phrase(BECOMING.sub("", clean), other):
             yield other
+
+
+def _other_kinds(clean: str, given: str) -> Iterator[str]:
+    """ "a junctional nevus" of a compound one."""
+    for kinds, noun in KINDS:
+        own = {kind for kind in kinds if re.search(rf"\b{kind}\b", given)} | (
+            {"intradermal"} & set(kinds) if "dermal" in given else set()
+        )
+        for match in re.finditer(rf"\b(?P<kind>{'|'.join(kinds)}) (?:\w+cytic )?{noun}\b", clean) if own else ():
+            aside = said.is_aside(clean, match.start()) or said.is_negated(clean, match.start(), match.end())
+            if match["kind"] not in own and not aside:
+                yield match[0]
 
 
 def denied_head(clean: str, given: str) -> str | None:

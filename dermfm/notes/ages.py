@@ -13,8 +13,9 @@ NUMBER_IN_WORDS = re.compile(rf"\b{NUMBER_WORD}")
 TEENS = "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
 CHILD_AGES = (*ONES, *TEENS.split())
 CHILD = re.compile(
-    rf"\b({'|'.join(CHILD_AGES)})(?=-years?-old\b| years? of age\b)"
-    rf"|(?:(?<=irl, )|(?<=boy, )|(?<=irl of )|(?<=boy of ))({'|'.join(CHILD_AGES)})(?= years?\b)"
+    rf"\b({'|'.join(CHILD_AGES)})(?=-years?-olds?\b| years? of age\b)"
+    rf"|(?:(?<=irl, )|(?<=boy, )|(?<=irl of )|(?<=boy of ))({'|'.join(CHILD_AGES)})(?= years?\b|[,.;)]|$| with\b|"
+    rf" who\b)"
 )
 OLDEST = 120  # years
 BEHIND_AGE = r"(?=[,.;:)]|$| (?:with|who|has|had|presents|presented|and|stop)\b)"  # not "a woman, 3 papules on the arm"
@@ -42,7 +43,7 @@ AGES = (
         r"nearly|almost|some) "
         r"(\d{1,3})\b(?! ?(?:mm|cm|%))"
     ),
-    re.compile(r"(?:^|[,;:(.] ?|male ?)(\d{1,3}) ?(?:y|yrs?|years?)(?=[.,;)]|$)"),
+    re.compile(r"(?:^|[,;:(.] ?|male ?|man |gent |lady )(\d{1,3}) ?(?:y|yrs?|years?)(?=[.,;)]|$)"),
     re.compile(
         r"\b(?:patient|man|woman|male|female|person|boy|girl|lady|gentleman|gent|chap|fellow|individual|"
         r"adult) of (\d{1,3})\b(?! ?[mc]m)"
@@ -60,12 +61,14 @@ def ages(clean: str) -> list[str]:
 
 
 def age_words(clean: str, words: list[str]) -> list[str]:
-    """Those of the words for an age that tell today's: not "since her teens" or "as a child"."""
-    return [
-        w
-        for w in words
-        if not re.search(rf"\b(?:since|until|during{'' if age_band(w).stop > 60 else '|as an?'})(?: \w+)? {w}\b", clean)
-    ]
+    """Those of the words for an age that tell today's: not "since her teens", "when she was a girl" or "as a child"."""
+    return [word for word in words if not re.search(rf"\b(?:{_earlier(word)})(?: \w+){{0,3}} {word}\b", clean)]
+
+
+def _earlier(word: str) -> str:
+    """What makes the word for an age one of former days; "as an octogenarian" tells of today."""
+    is_old = word.startswith("old") or age_band(word).start > 39
+    return "since|until|during|when" + ("" if is_old else "|as an?")
 
 
 def age_band(word: str) -> range:

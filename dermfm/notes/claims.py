@@ -57,9 +57,10 @@ DENIED_BEHIND = re.compile(
     r"demonstrated|recogni[sz]ed|discernible|consideration|concern|issue|possibility|option|entertained|favou?red|"
     r"supported|evident|considered|apparent|the case|suspected|likely))\b"
 )
-NOT_ONLY = re.compile(
-    r"\bnot (?=only|just|merely|simply|solely)|\bnothing (?=other than|but\b|short of)"
-)  # it denies nothing
+NOT_ONLY = re.compile(  # it denies nothing
+    r"\bnot (?=only|just|merely|simply|solely)|\bnothing (?=other than|but\b|short of|to (?:fear|worry))|"
+    r"\bno (?=question|doubt|denying|dispute|mistaking|more than|other than|less than)"
+)
 MARKUP = re.compile(r"\*+|(?<!\w)#+ |(?<=\s)[•-] ")  # of Markdown; it carries no word
 LAY = ("mole", "moles")  # what a patient calls a lesion, whatever it is: "noticed that a mole had changed"
 ASIDE_END = re.compile(
@@ -317,7 +318,7 @@ def _line(place: str) -> list[str]:
 @functools.cache
 def places_pattern() -> re.Pattern[str]:
     """Any place of the body by name, longest first."""
-    return re.compile(rf"(?<![\w-]){any_of({*parents(), *parents().values()})}(?![\w-])")
+    return re.compile(rf"(?<![\w-]){any_of({*parents(), *parents().values()})}(?![\w-])(?!'s breadth)")
 
 
 @functools.cache

@@ -137,7 +137,8 @@ ADVICE = (
 )
 # What talk tells of this patient, and what only of the trade of the one who talks
 CARE = re.compile(
-    r"treat|(?:requir|need)\w* |referr?\w* (?:you|me) |therap|chemo|radio|biops|surg|excis|remov|refer h|further ev|"
+    r"treat|(?:requir|need)\w* |referr?\w* (?:you|me) |therap|sun cream|sunscreen|chemo|radio|biops|surg|excis|"
+    r"remov|refer h|further ev|"
     r"(?:we|patient|they) will be|seek"
 )
 CARE_AS_WORK = re.compile(

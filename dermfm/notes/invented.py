@@ -20,7 +20,8 @@ NO_LOOK = re.compile(  # "regular checks", "2 mm thick"
     r"|\b(?:mm|cm|millimet\w+|centimet\w+) (?:thick|raised|elevated)\b"
 )
 LOOKS_LIKE = re.compile(
-    r"\b(?!(?:two|three|four|five|six)-colou?red)\w+-(?:like|shaped|colou?red|toned|edged|textured|tinged|hued|tinted|bordered|patterned|surfaced|topped|"
+    r"\b(?!(?:two|three|four|five|six)-colou?red)\w+-(?:like|shaped|colou?red|toned|edged|textured|tinged|hued|"
+    r"tinted|bordered|patterned|surfaced|topped|"
     r"rimmed)\b"
     r"|\b(?:resembl\w+|looks? like|looking like|reminiscent of) an? (?!benign|malignant|typical|"
     r"harmless)(?!(?:\w+ ){0,2}(?:lesion|skin|nevus|naevus|mole|\w+oma|keratosis|lentigo)\b)\w+"
@@ -89,7 +90,7 @@ FULL_NAME = re.compile(
     r"|^([A-Z][a-z]+) ([A-Z][a-z]+)(?=,? (?:is|was|has|had|an?|aged?|presents?|presented|came)\b)"
 )
 ONE_NAME = re.compile(
-    r"\b([A-Z][a-z]{2,}),? (?:(?:is|was|has been|aged?|an?|\() ?){1,2}\d{1,3}\b"
+    r"\b([A-Z][a-z]{2,}),? (?:(?:is|was|has been|aged?|an?|\() ?){1,2}\d{1,3}\b(?![.,]\d| ?(?:mm|cm|%))"
     r"|^([A-Z][a-z]{2,}), \d{1,3}\b"
     r"|^([A-Z][a-z]{2,}), an? (?:[\w-]+ )?(?:man|woman|boy|girl|lady|gentleman|male|female|patient)\b"
     r"|\b(?:[Pp]atient:?|Lady|Sir|named) ([A-Z][a-z]{2,})\b"

@@ -54,6 +54,7 @@ HALVES = {
         r"\b(?:one|each) (?:half|side)(?: of (?:the|this) \w+| of it)? (?:\w+ly )?"
         r"(?:mirrors|matches|equals|repeats|answers|echoes|is like|looks like|corresponds to|is the mirror "
         r"of|is the twin of) the other|\bsame on (?:both|either) sides?\b|"
+        r"\b(?:one|each) (?:half|side) (?:is )?the (?:mirror |very )?(?:image|twin|copy|double) of the other|"
         r"\bneither half \w+ the other|\bhalves (?:\w+ ){0,4}in a mirror|"
         r"\b(?:matching|equal|identical|congruent|like) halves\b|\bhalves (?:of (?:the|this|its) \w+ |of it )?"
         r"(?:\w+ly )?(?:match|mirror|correspond|agree|are (?:\w+ly )?(?:alike|equal|identical|the same|"
@@ -103,6 +104,7 @@ BORDER = {
         rf"|\b{EDGE} can be (?:traced|followed|drawn) (?:easily|clearly|precisely|all)"
     ),
     "indistinct": re.compile(
+        rf"\b{EDGE} (?:is |are |was |were )?not (?:very |at all )?{CRISP}\b|"
         rf"\b{BLURRED}-(?:edged|bordered|rimmed|margined|outlined)\b|"
         rf"\b{EDGE},? (?:that |which )?(?:can ?not|can't|could not|is not|are not|isn't|not|nobody can|nobody could|"
         rf"no one can|no one could) "

@@ -36,6 +36,8 @@ def _of_sex(letter: str, sex: str) -> list[tuple[str, str]]:
 PATTERNS = [
     (r"\b(\d{1,3}) ?-?(?:y/o|y\.o\.?|yo|yrs?[- ]old)\b", r"\1-year-old"),
     (r"\b(\d{1,3}) ?(?:yrs?)\b(?:\.(?! ?$))?", r"\1 years"),
+    (r"(?<=[;,/] )f(?=[;,/.])", "female"),
+    (r"(?<=[;,/] )m(?=[;,/.])", "male"),
     (r"♂", " male "),
     (r"♀", " female "),
     (r"(?:^|(?<=[,;:] ))m ?(\d{2})(?=\W|$)", r"\1-year-old male"),
@@ -79,6 +81,11 @@ PATTERNS = [
     (r"\bi\.e\.(?=[ ,])", "that is"),
     (r"\be\.g\.(?=[ ,])", "such as"),
     (r"\banything but\b", "not"),
+    (
+        r"\b(?:(?:that|which) )?(?:has |had )?(?:arisen|arose|arising) (?:in|from|within|on|"
+        r"inside) (an?)\b",
+        r"arising in \1",
+    ),
     (r"\bin (?:association|company) with\b", "associated with"),
     (rf"\b{SHADE} ?[+&] ?{SHADE} brown\b", r"\1 brown and \2 brown"),
     (r"\bsymmetry(?::| -)? (?:none|absent|no(?=[.,;]|$))\b", "asymmetric"),
