@@ -3,7 +3,7 @@
 How to label is written in LABELLING.md, precisely enough for two people to agree. Each file's first line tells how its
 notes came about and what the checker scored at its first look, which is the honest figure: it was mended on most of
 them afterwards, one file after the other, and what is asserted here is the later state. It was not mended on the last,
-outside_l, nor on outside_j, outputs under free prompts and at high temperatures. The sets "outside" and "mended" were
+outside_m, nor on outside_j, outputs under free prompts and at high temperatures. The sets "outside" and "mended" were
 written and labelled by people who knew the guide and nothing of the checker; the others by people who knew its rules.
 """
 
@@ -38,6 +38,8 @@ SETS = (
     "labelled_notes_outside_i.jsonl",
     "labelled_notes_outside_j.jsonl",
     "labelled_notes_outside_k.jsonl",
+    "labelled_notes_outside_l.jsonl",
+    "labelled_notes_outside_m.jsonl",
     "labelled_notes_mended_written.jsonl",
     "labelled_notes_mended_raw.jsonl",
 )
@@ -128,6 +130,9 @@ OF_SET = {
     | {"refusal": 0.84, "unsupported: site": 0.41, "unsupported: size": 0.89, "unsupported: history": 0.57}
     | {"unsupported: treatment": 0.78, "unsupported: age": 0.85, "unsupported: appearance": 0.8},
     "labelled_notes_outside_k.jsonl": {"unsupported: symptom": 0.88},
+    "labelled_notes_outside_l.jsonl": {"unsupported: symptom": 0.85, "unsupported: appearance": 0.84},
+    # judges the checker as it is: it was not mended on this set
+    "labelled_notes_outside_m.jsonl": {"unsupported: appearance": 0.79},
     "labelled_notes_mended_written.jsonl": {"unsupported: appearance": 0.82},
     "labelled_notes_mended_raw.jsonl": {"contradiction": 0.84, "unsupported": 0.87, "self-contradiction": 0.78}
     | {"unsupported: site": 0.66, "unsupported: size": 0.83, "unsupported: symptom": 0.45, "unsupported: history": 0.65}
