@@ -15,14 +15,12 @@ BECOMING = re.compile(
 )
 # Kinds of nevi and of melanomas: one excludes the others
 KINDS = (
-    (
-        ("compound", "junctional", "intradermal", "dermal", "blue", "spitz", "reed", "halo"),
-        r"(?:nev\w+|naev\w+|moles?)",
-    ),
+    (("compound", "junctional", "dermal", "blue", "spitz", "reed", "halo"), r"(?:nev\w+|naev\w+|moles?)"),
     (("nodular", "superficial spreading", "acral", "desmoplastic"), "melanomas?"),
 )
 OF_AN_ORGAN = re.compile(
-    r"\b(?:diagnosis|lesion|it|this) (?:is|was) (?:an? )?(?:\w+ )?(?:lung|breast|prostate|colon|cervical|bladder|"
+    r"\b(?:diagnosis|lesion|it|this) (?:is|was) (?:an? )?(?:(?!not\b|no\b|never\b|neither\b)\w+ )?(?:lung|breast|"
+    r"prostate|colon|cervical|bladder|"
     r"ovarian) cancer\b"
 )
 NOT_INVASIVE = re.compile(
@@ -66,12 +64,12 @@ def against_diagnosis(clean: str, given: str) -> Iterator[str]:
 
 
 def _other_kinds(clean: str, given: str) -> Iterator[str]:
-    """ "a junctional nevus" of a compound one."""
+    """The terms that name another kind than the given one: "a junctional nevus" of a compound one."""
     for kinds, noun in KINDS:
-        own = {kind for kind in kinds if re.search(rf"\b{kind}\b", given)} | (
-            {"intradermal"} & set(kinds) if "dermal" in given else set()
-        )
-        for match in re.finditer(rf"\b(?P<kind>{'|'.join(kinds)}) (?:\w+cytic )?{noun}\b", clean) if own else ():
+        own = {kind for kind in kinds if re.search(rf"\b(?:intra)?{kind}\b", given)}
+        for match in (
+            re.finditer(rf"\b(?:intra)?(?P<kind>{'|'.join(kinds)}) (?:\w+cytic )?{noun}\b", clean) if own else ()
+        ):
             aside = said.is_aside(clean, match.start()) or said.is_negated(clean, match.start(), match.end())
             if match["kind"] not in own and not aside:
                 yield match[0]

@@ -14,7 +14,7 @@ TEENS = "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen 
 CHILD_AGES = (*ONES, *TEENS.split())
 CHILD = re.compile(
     rf"\b({'|'.join(CHILD_AGES)})(?=-years?-olds?\b| years? of age\b)"
-    rf"|(?:(?<=irl, )|(?<=boy, )|(?<=irl of )|(?<=boy of ))({'|'.join(CHILD_AGES)})(?= years?\b|[,.;)]|$| with\b|"
+    rf"|(?:(?<=girl, )|(?<=boy, )|(?<=girl of )|(?<=boy of ))({'|'.join(CHILD_AGES)})(?= years?\b|[,.;)]|$| with\b|"
     rf" who\b)"
 )
 OLDEST = 120  # years
@@ -62,13 +62,13 @@ def ages(clean: str) -> list[str]:
 
 def age_words(clean: str, words: list[str]) -> list[str]:
     """Those of the words for an age that tell today's: not "since her teens", "when she was a girl" or "as a child"."""
-    return [word for word in words if not re.search(rf"\b(?:{_earlier(word)})(?: \w+){{0,3}} {word}\b", clean)]
+    return [word for word in words if not re.search(rf"\b(?:{_earlier(word)}) {word}\b", clean)]
 
 
 def _earlier(word: str) -> str:
     """What makes the word for an age one of former days; "as an octogenarian" tells of today."""
-    is_old = word.startswith("old") or age_band(word).start > 39
-    return "since|until|during|when" + ("" if is_old else "|as an?")
+    young = "" if age_band(word).start > 39 else r"|as an?(?: \w+)?"
+    return r"(?:since|until|during)(?: \w+)?|(?:when|since) (?:he|she|they) (?:was|were) an?(?: \w+)?" + young
 
 
 def age_band(word: str) -> range:

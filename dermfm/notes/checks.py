@@ -79,8 +79,26 @@ OF_THE_PERSON = re.compile(
     r"asymmetric(?:al)?|delicate|normal|pretty|"
     r"round|long) $"
 )
-# What makes a number no age, behind it
-NO_AGE = (
+# What makes a number no age: words before it, and what follows
+COUNTED = tuple(
+    f"{word} "
+    for word in (
+        "room",
+        "case",
+        "no",
+        "no.",
+        "nr",
+        "number",
+        "grade",
+        "page",
+        "type",
+        "figure",
+        "of about",
+        "spf",
+        "bed",
+    )
+)
+BEHIND_NO_AGE = (
     r"\w|[.,:/-]\d| ?[%°]| ?(?:mm|cm|x|×|skin|percent|per cent|months?|weeks?|days?|"
     r"hours?|minutes?|lesions|times)\b"
 )
@@ -156,7 +174,8 @@ def states(clean: str, name: str, facts: Facts) -> bool:
         stem = DERMOSCOPIC if value == "dermoscopic" else rf"\b{re.escape(value)}{NO_PICTURE}"
         return re.search(stem, clean) is not None
     if name == "age":
-        return value in ages(clean) or re.search(rf"(?<![\w.,/#-]){value}(?!{NO_AGE})", clean) is not None
+        alone = rf"(?<![\w.,/#-])(?<!{')(?<!'.join(COUNTED)}){value}(?!{BEHIND_NO_AGE})"
+        return value in ages(clean) or re.search(alone, clean) is not None
     if name == "sex":
         return any(c.group == value and not _denied(clean, c) for c in said.claims(clean, "sex_names"))
     if name == "malignancy":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dermfm.notes.checks import Rules, find_faults, states
 from dermfm.notes.claims import normalise, sentences
 from dermfm.notes.facts import Facts, statements
+from dermfm.notes.spelling import put_right
 
 ABOUT_CONTENT = ("missing", "repetition", "empty")
 
@@ -21,7 +22,7 @@ def repair_note(text: str, facts: Facts, rules: Rules = Rules()) -> str | None: 
     if not kept:
         return None
     said = " ".join(kept)
-    clean = normalise(said)
+    clean = put_right(normalise(said), facts)
     absent = {name for name in facts if not states(clean, name, facts)}
     if {"age", "sex"} & absent:
         absent |= {"age", "sex"}

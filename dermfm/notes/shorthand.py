@@ -15,7 +15,7 @@ ABBREVIATIONS = {
     "bcc": "basal cell carcinoma", "ssm": "superficial spreading melanoma", "mis": "melanoma in situ",
     "ka": "keratoacanthoma",
 }  # fmt: skip
-TENS = ["twenties", "thirties", "forties", "fifties", "sixties", "seventies", "eighties", "nineties"]
+DECADES = ["twenties", "thirties", "forties", "fifties", "sixties", "seventies", "eighties", "nineties"]
 SHADE = r"(light|dark)"
 OF_A_LIMB = r"(?=(?:hand|neck|head|knee|foot|ear|leg|thigh|arm|forearm)s?\b)"
 
@@ -56,12 +56,10 @@ PATTERNS = [
     (r"\bc/w\b", "consistent with"),
     (r"\bdk\b\.?", "dark"),
     (r"\blt\b\.? (?=brown)", "light "),
-    (r"\basymm\b\.?", "asymmetric"),
-    (r"\bsymm\b\.?", "symmetric"),
     (r"\bimg\b\.?", "image"),
     (r"\bfoto\b", "photo"),
-    (r"\basym\b\.?", "asymmetric"),
-    (r"\bsym\b\.?", "symmetric"),
+    (r"\basymm?\b\.?", "asymmetric"),
+    (r"\bsymm?\b\.?", "symmetric"),
     (r"\bh ?& ?n\b", "head and neck"),
     (r"\bhead(?:-or-|-)neck\b", "head or neck"),
     (r"\bmasc(?:uline)?\b\.?", "male"),
@@ -71,7 +69,7 @@ PATTERNS = [
     (r"\bd'?scopy\b", "dermoscopy"),
     *(
         (rf"\b(in (?:her|his|their) (?:early |mid[- ]?|late )?){first}0s\b", rf"\1{word}")
-        for first, word in enumerate(TENS, start=2)
+        for first, word in enumerate(DECADES, start=2)
     ),
     (r"\bbrn\b", "brown"),
     (r"\bblk\b", "black"),

@@ -1,10 +1,11 @@
 """The checker judged on notes that were labelled sentence by sentence before it had run on them.
 
 How to label is written in LABELLING.md, precisely enough for two people to agree. Each file's first line tells how its
-notes came about and what the checker scored at its first look, which is the honest figure: it was mended on most of
-them afterwards, one file after the other, and what is asserted here is the later state. It was not mended on the last,
-outside_m, nor on outside_j, outputs under free prompts and at high temperatures. The sets "outside" and "mended" were
-written and labelled by people who knew the guide and nothing of the checker; the others by people who knew its rules.
+notes came about and what the checker scored at its first look (the two "mended" files: on a part), which is the honest
+figure: it was mended on most of them afterwards, one file after the other, and what is asserted here is the later
+state. It was not mended on outside_m, which judges it, nor on outside_j, outputs under free prompts and at high
+temperatures. The sets "outside" and "mended" were written and labelled by people who knew the guide and nothing of the
+checker; the others by people who knew its rules.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ SETS = (
     "labelled_notes_fresh.jsonl",
     "labelled_notes_last.jsonl",
     "labelled_notes_third.jsonl",
+    "labelled_notes_mended_written.jsonl",
+    "labelled_notes_mended_raw.jsonl",
     "labelled_notes_outside_a.jsonl",
     "labelled_notes_outside_b.jsonl",
     "labelled_notes_outside_c.jsonl",
@@ -40,8 +43,6 @@ SETS = (
     "labelled_notes_outside_k.jsonl",
     "labelled_notes_outside_l.jsonl",
     "labelled_notes_outside_m.jsonl",
-    "labelled_notes_mended_written.jsonl",
-    "labelled_notes_mended_raw.jsonl",
 )
 OF_THE_NOTE = ("refusal", "unfinished", "repetition", "self-contradiction", "personal")
 RESIDUAL = "unsupported: other"  # counts only where nothing else is wrong with the sentence
