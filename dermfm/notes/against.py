@@ -20,8 +20,7 @@ KINDS = (
 )
 OF_AN_ORGAN = re.compile(
     r"\b(?:diagnosis|lesion|it|this) (?:is|was) (?:an? )?(?:(?!not\b|no\b|never\b|neither\b)\w+ )?(?:lung|breast|"
-    r"prostate|colon|cervical|bladder|"
-    r"ovarian) cancer\b"
+    r"prostate|colon|cervical|bladder|ovarian) cancer\b"
 )
 NOT_INVASIVE = re.compile(
     r"\bnot (?:become |yet |turned )?invasive\b|\b(?:is|was) an? non-?invasive\b|"
@@ -67,9 +66,9 @@ def _other_kinds(clean: str, given: str) -> Iterator[str]:
     """The terms that name another kind than the given one: "a junctional nevus" of a compound one."""
     for kinds, noun in KINDS:
         own = {kind for kind in kinds if re.search(rf"\b(?:intra)?{kind}\b", given)}
-        for match in (
-            re.finditer(rf"\b(?:intra)?(?P<kind>{'|'.join(kinds)}) (?:\w+cytic )?{noun}\b", clean) if own else ()
-        ):
+        if not own:
+            continue
+        for match in re.finditer(rf"\b(?:intra)?(?P<kind>{'|'.join(kinds)}) (?:\w+cytic )?{noun}\b", clean):
             aside = said.is_aside(clean, match.start()) or said.is_negated(clean, match.start(), match.end())
             if match["kind"] not in own and not aside:
                 yield match[0]

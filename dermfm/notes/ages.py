@@ -19,38 +19,29 @@ CHILD = re.compile(
 )
 OLDEST = 120  # years
 BEHIND_AGE = r"(?=[,.;:)]|$| (?:with|who|has|had|presents|presented|and|stop)\b)"  # not "a woman, 3 papules on the arm"
+PERSON = r"(?:patient|man|woman|male|female|person|individual|adult|boy|girl|lady|gentleman|gent|chap|fellow)"
 AGES = (
     re.compile(r"\b(\d{1,3})[- ]years?[- ]?olds?\b"),
     re.compile(r"\b(\d{1,3}) years of age\b"),
     re.compile(r"\b(?:at )?(?:the |an )?age (?:of )?(?:only |just |about |around )?(\d{1,3})\b"),
     re.compile(r"\b(?:her|his|their|born) (\d{1,3}) years\b"),
     re.compile(r"\baged?:? (?:of |is |was )?(\d{1,3})\b"),
+    re.compile(rf"\b{PERSON}(?:,? of |, | \(|, aged? | (?=\d\d))(\d{{1,3}}){BEHIND_AGE}"),
+    re.compile(rf"\b{PERSON},? (?:of |aged )?(\d{{1,3}}) years?\b"),
+    re.compile(rf"\b{PERSON} of (\d{{1,3}})\b(?! ?[mc]m)"),
     re.compile(
-        rf"\b(?:man|woman|male|female|boy|girl|lady|gentleman)(?:,? of |, | \(|, aged? |"
-        rf" (?=\d\d))(\d{{1,3}}){BEHIND_AGE}"
+        rf"\b{PERSON}(?: of| aged)? (?:about|around|approximately|roughly|nearly|almost|some) (\d{{1,3}})\b"
+        r"(?! ?(?:mm|cm|%))"
+    ),
+    re.compile(
+        rf"\b(?:he|she|{PERSON}(?: who)?|(?:mrs?|ms)\.? \w+),? (?:is|was|is now|now|being) (\d{{1,3}}){BEHIND_AGE}"
     ),
     re.compile(r"^(\d{2,3}), (?:fe)?male\b"),
     re.compile(r"\b(?:mrs?|ms|miss)\.? \w+(?: \w+)?, (\d{2,3})\b"),
-    re.compile(r"\b(?:boy|girl|man|woman|lady|gentleman|male|female),? (?:of |aged )?(\d{1,3}) years?\b"),
     re.compile(r"\bat (?:barely |just |only |nearly |almost )?(\d{2,3}),? (?:he|she|the patient|this)\b"),
-    re.compile(
-        rf"\b(?:he|she|patient|lady|gentleman|man|woman|boy|girl|woman who|man who|girl who|boy who|female who|"
-        rf"male who|(?:mrs?|ms)\.? \w+),? (?:is|"
-        rf"was|is now|now|being) (\d{{1,3}}){BEHIND_AGE}"
-    ),
-    re.compile(
-        r"\b(?:patient|man|woman|male|female|person|individual)(?: of| aged)? (?:about|around|approximately|roughly|"
-        r"nearly|almost|some) "
-        r"(\d{1,3})\b(?! ?(?:mm|cm|%))"
-    ),
     re.compile(r"(?:^|[,;:(.] ?|male ?|man |gent |lady )(\d{1,3}) ?(?:y|yrs?|years?)(?=[.,;)]|$)"),
-    re.compile(
-        r"\b(?:patient|man|woman|male|female|person|boy|girl|lady|gentleman|gent|chap|fellow|individual|"
-        r"adult) of (\d{1,3})\b(?! ?[mc]m)"
-    ),
     re.compile(r"\b(\d{2,3})(?: /|,) (?:wo)?man\b"),
     re.compile(r"\b(?:fe)?male / (\d{2,3})\b"),
-    re.compile(r"\bpatient, (\d{1,3})(?=[.,;]|$)(?!, \d)"),
     re.compile(r"[a-z](?:, | \()(\d{1,3})(?=, (?!\d)|\)|\.?$|, and\b)(?! ?(?:mm|cm))"),
 )  # each with the number
 

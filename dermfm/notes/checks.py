@@ -51,8 +51,7 @@ OTHER_IMAGE = {
         r"\b(?:clinical(?:ly)?|macroscopic|non-dermoscopic|naked-eye),? (?:close-up,? |overview,? |"
         r"non-dermoscopic,? |macro |digital |standard |smartphone |colou?r )?"
         r"(?:image|photo|picture|photograph|photography|view|shot|snapshot|snap|frame|pic|close-up)s?\b|"
-        r"\bno derm(?:at)?oscope\b|\bnon-?derm(?:at)?oscop\w+"
-        r"|\bwithout (?:a |the )?(?:derm(?:at)?oscop\w+)"
+        r"\bno derm(?:at)?oscope\b|\bnon-?derm(?:at)?oscop\w+|\bwithout (?:a |the )?(?:derm(?:at)?oscop\w+)"
     ),
     "clinical": re.compile(
         r"(?<!non-)(?<!non)\bderm(?:at)?oscop(?:[iey]|es?\b)\w*|\bepiluminescence|\bsurface microscopy|\bthrough the "
@@ -61,8 +60,7 @@ OTHER_IMAGE = {
 }
 OF_A_LESION = re.compile(
     r"\b(?:lesion|mole|man|woman|lady|gentleman|photo\w*|skin|patient|diagnos\w+|image|tumou?r|growth|nevus|"
-    r"carcinoma|melanoma|keratos[ei]s|he|she|his|"
-    r"her)s?\b"
+    r"carcinoma|melanoma|keratos[ei]s|he|she|his|her)s?\b"
 )
 # What has one value: a note that both states the given one and contradicts it contradicts itself
 OF_ONE_VALUE = ("age", "sex", "site", "asymmetry", "border", "diagnosis", "malignancy")
@@ -76,8 +74,7 @@ EITHER = re.compile(r"\bbenign(?:,| or| and|, or) malignant\b|\bmalignant (?:or|
 # "has a small nose": what somebody looks like, not where the lesion is
 OF_THE_PERSON = re.compile(
     r"\b(?:(?:has|had|have|having|with|and) an?|, a) (?:very )?(?:small|large|big|symmetric(?:al)?|"
-    r"asymmetric(?:al)?|delicate|normal|pretty|"
-    r"round|long) $"
+    r"asymmetric(?:al)?|delicate|normal|pretty|round|long) $"
 )
 # What makes a number no age: words before it, and what follows
 COUNTED = tuple(
@@ -99,8 +96,7 @@ COUNTED = tuple(
     )
 )
 BEHIND_NO_AGE = (
-    r"\w|[.,:/-]\d| ?[%°]| ?(?:mm|cm|x|×|skin|percent|per cent|months?|weeks?|days?|"
-    r"hours?|minutes?|lesions|times)\b"
+    r"\w|[.,:/-]\d| ?[%°]| ?(?:mm|cm|x|×|skin|percent|per cent|months?|weeks?|days?|hours?|minutes?|lesions|times)\b"
 )
 HEADING = re.compile(
     r"\bmalignancy(?: status)?(?::| is| was)?(?= (?:benign|pre|malignant))"

@@ -38,8 +38,7 @@ DURATION = re.compile(
     r"week|decade))\b|\b(?:past|following|preceding|recent|previous|last|coming) (?:\w+ )?(?:days?|weeks?|months?|"
     r"years?|decades?|summer|winter|spring|autumn|fall)\b"
     rf"|\b(?:since|in|over) (?:the |last |this |one |a |late |early |mid-?)?(?:{MONTHS}|(?:19|20)\d\d|spring|summer|"
-    r"autumn|winter)\b"
-    r"(?! image)"
+    r"autumn|winter)\b(?! image)"
 )
 AHEAD = re.compile(r"\b(?:in|within|every|after|for|next|another|again in|of|coming|following)(?: the)? $")
 GROWTH_IN_SIZE = re.compile(
@@ -138,15 +137,13 @@ ADVICE = (
 # What talk tells of this patient, and what only of the trade of the one who talks
 CARE = re.compile(
     r"treat|(?:requir|need)\w* |referr?\w* (?:you|me) |therap|sun cream|sunscreen|chemo|radio|biops|surg|excis|"
-    r"remov|refer h|further ev|"
-    r"(?:we|patient|they) will be|seek"
+    r"remov|refer h|further ev|(?:we|patient|they) will be|seek"
 )
 CARE_AS_WORK = re.compile(
     r"\b(?:a|as an?|the) (?:\w+ )?(?:dermatologist|doctor|specialist|surgeon)s? (?:who|treating|speciali\w+)|"
     r"speciali[sz](?!t)|\btreating (?:a |the )?(?:patient|physician|doctor)|\bhistory of the patient|^please consult|"
     r"\b(?:article|text|textbook|knowledge|techniques|sentence|information about|steps|successful treatment|"
-    r"context of|new|"
-    r"right|also describe|surgery center)\b"
+    r"context of|new|right|also describe|surgery center)\b"
 )
 OF_THE_LESION = re.compile(r"\b(?:lesion|melanoma|carcinoma|nevus|growth|tumou?r|spot|mole|keratosis|mm|cm)\b")
 HAPPENED = re.compile(
@@ -157,8 +154,7 @@ HAPPENED = re.compile(
 )
 HAD = (
     r"\b(?:been|being|was|were|have|undergo\w* an?|completed an?|(?:patient|man|woman|male|female|he|she) (?:with|"
-    r"has|had) an?)"
-    r"(?: \w+ly| skin)? "
+    r"has|had) an?)(?: \w+ly| skin)? "
 )
 CAUSED = re.compile(
     r"\b(?:(?:caused|induced|triggered|brought about) by|(?:associated|linked) with|linked to|related to|"

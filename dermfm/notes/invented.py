@@ -21,13 +21,11 @@ NO_LOOK = re.compile(  # "regular checks", "2 mm thick"
 )
 LOOKS_LIKE = re.compile(
     r"\b(?!(?:two|three|four|five|six)-colou?red)\w+-(?:like|shaped|colou?red|toned|edged|textured|tinged|hued|"
-    r"tinted|bordered|patterned|surfaced|topped|"
-    r"rimmed)\b"
+    r"tinted|bordered|patterned|surfaced|topped|rimmed)\b"
     r"|\b(?:resembl\w+|looks? like|looking like|reminiscent of) an? (?!benign|malignant|typical|"
     r"harmless)(?!(?:\w+ ){0,2}(?:lesion|skin|nevus|naevus|mole|\w+oma|keratosis|lentigo)\b)\w+"
     r"|\ban? (?!benign|malignant|typical|clinical|dermoscopic|characteristic|classic|normal|common|suspicious|first|"
-    r"second|third|close|closer|good|quick|careful|further)[\w-]+ "
-    r"(?:look|feel|finish|sheen)\b"
+    r"second|third|close|closer|good|quick|careful|further)[\w-]+ (?:look|feel|finish|sheen)\b"
     r"|\b(?:two|three|four|several|different|distinct) (?:\w+ )?(?:zones|layers|patterns)\b"
 )
 ANYWHERE = re.compile(r"\b(?:any|all) (?:part|area|region)s? of the (?:human )?(?:body|skin)\b")
@@ -58,8 +56,7 @@ PERSONAL: tuple[tuple[str, re.Pattern[str]], ...] = (
      r"\b[Nn]ame(?:d| is|:) [A-Z][a-z]+")),
     ("date", re.compile(
         rf"\b\d{{1,2}}(?:st|nd|rd|th)?\.? (?:of )?(?:{MONTHS}|(?:jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|"
-        rf"dec)\b\.?(?= \d{{4}}\b)),?(?: \d{{4}})?\b"
-        rf"|\b(?:{MONTHS}) (?:\d{{1,2}}(?:st|nd|rd|th)?,? )?\d{{4}}\b"
+        rf"dec)\b\.?(?= \d{{4}}\b)),?(?: \d{{4}})?\b|\b(?:{MONTHS}) (?:\d{{1,2}}(?:st|nd|rd|th)?,? )?\d{{4}}\b"
         r"|\b\d{4}-\d{2}-\d{2}\b|\b\d{1,2}[./]\d{1,2}[./]\d{2,4}\b", re.IGNORECASE)),
     ("phone", re.compile(r"(?<![\w.])\+?\d[\d ()/-]{7,}\d\b")),
     ("address", re.compile(r"\S+@\S+\.\w+|https?://|\bwww\.")),
@@ -85,8 +82,7 @@ LESION_SIDE = re.compile(rf"\b\w+ {PORTION}")
 # Words with a capital that the vocabulary does not know: two in a row inside a sentence or as its subject; one that
 # is told to be so many years old, or follows "patient"; one behind an initial.
 FULL_NAME = re.compile(
-    r"(?<=[a-z,;:] )([A-Z][a-z]+) ([A-Z][a-z]+)\b"
-    r"|^([A-Z][a-z]+) ([A-Z][a-z]+)(?=, (?:the|her|his|a|an|who|our|my)\b)"
+    r"(?<=[a-z,;:] )([A-Z][a-z]+) ([A-Z][a-z]+)\b|^([A-Z][a-z]+) ([A-Z][a-z]+)(?=, (?:the|her|his|a|an|who|our|my)\b)"
     r"|^([A-Z][a-z]+) ([A-Z][a-z]+)(?=,? (?:is|was|has|had|an?|aged?|presents?|presented|came)\b)"
 )
 ONE_NAME = re.compile(
@@ -95,9 +91,7 @@ ONE_NAME = re.compile(
     r"|^([A-Z][a-z]{2,}), an? (?:[\w-]+ )?(?:man|woman|boy|girl|lady|gentleman|male|female|patient)\b"
     r"|\b(?:[Pp]atient:?|Lady|Sir|named) ([A-Z][a-z]{2,})\b"
     r"|\b(?:mother|father|wife|husband|daughter|son|sister|brother|partner|colleague|dermatologist|doctor|nurse|"
-    r"surgeon|"
-    r"physician|assistant|friend|neighbou?r),? ([A-Z][a-z]{2,})\b"
-    r"|^([A-Z][a-z]{2,}), (?:I|we|you)\b"
+    r"surgeon|physician|assistant|friend|neighbou?r),? ([A-Z][a-z]{2,})\b|^([A-Z][a-z]{2,}), (?:I|we|you)\b"
     r"|\b(?:patient|man|woman|boy|girl|lady|gentleman) \(([A-Z][a-z]{2,})\b"
 )
 INITIAL = re.compile(r"\b[A-Z]\. ?([A-Z][a-z]{2,})\b")

@@ -13,30 +13,26 @@ from dermfm.notes import claims as said
 from dermfm.notes.claims import sentences, without
 from dermfm.notes.facts import Facts
 
-Claims = list[tuple[str, str]]  # (word of the options or "not WORD", term)
+Claims = tuple[tuple[str, str], ...]  # (word of the options or "not WORD", term)
 
 OPPOSITE = {"symmetric": "asymmetric", "asymmetric": "symmetric"}
 PARTLY = re.compile(
     r"\b(?:partly|partially|in part|in parts|in places|in some|on one side|elsewhere|in others|focally|while|whereas|"
     r"at one|along one|one part|some parts?|other parts?|some areas|other areas|some stretches|others|half|varies|"
-    r"here\b.*\bthere|neither|"
-    r"variable|variably|here and|alternat\w+|both|part of)\b"
+    r"here\b.*\bthere|neither|variable|variably|here and|alternat\w+|both|part of)\b"
 )
 # "shows perfect symmetry" says symmetric; "symmetry: …" and "the asymmetry is …" only name what follows
 SYMMETRY = re.compile(
     r"\b(?:(?:perfect|clear|good|complete|overall|marked|bilateral|high|near|full|absolute|great|remarkable|evident|"
     r"obvious|significant|noticeable|pronounced|striking|strong|slight|mild|moderate|definite|notable|visible|some|"
     r"a?symmetric(?:al)?|degree of|lack of|want of|mirror|severe|maintained|preserved|shows?|showing|displays?|"
-    r"displaying|"
-    r"exhibits?|exhibiting|demonstrates?|has|"
+    r"displaying|exhibits?|exhibiting|demonstrates?|has|"
     r"have|having|with|reveals?|there is|is|an?|lacks?|lacking|without|no|any|by|"
     r"devoid of) )+(?P<word>a?symmetry)\b(?! ?:| (?:is|was|score|index|axis|axes))"
     r"|\b(?P<about>a?symmetry) (?:about|along|in|across|on|around) (?:both|all|every|either|each|one|two|the two|any)\b"
     r"|\b(?P<seen>a?symmetry)(?: of (?:\w+ ){0,2}\w+)? (?:is|was|should be|can be|must be|"
-    r"may be) (?:\w+ly )?(?:striking|obvious|marked|clear|plain|"
-    r"present|seen|noted|evident|"
-    r"observed|apparent|visible|preserved|"
-    r"maintained|found)\b"
+    r"may be) (?:\w+ly )?(?:striking|obvious|marked|clear|plain|present|seen|noted|evident|"
+    r"observed|apparent|visible|preserved|maintained|found)\b"
     r"|\b(?P<kept>a?symmetry)(?: -|:)? (?:present|kept|maintained|preserved|evident|seen|noted|intact)\b"
     r"|(?:^|[,:;] )(?P<listed>a?symmetry)(?=, |[.;]|$)"
     r"|\b(?:its|the lesion's) (?P<own>a?symmetry)\b(?! ?:| (?:is|was|score|index|axis|axes|or|and border)\b)"
@@ -46,8 +42,7 @@ HALVES = {
         r"\b(?:halves|sides|parts)(?: of (?:the|this) lesion| of it)? (?:\w+ )?(?:(?:do|does|did|will|would|"
         r"can) ?not|don't|won't|fail to|"
         r"are not|aren't|hardly|never|differ|are (?:un|dif)\w+)(?! differ)|\b(?:is|are|looks?|appears?) (?:lopsided|"
-        r"skewed|off-balance)\b"
-        r"|\bhalves (?:\w+ ){0,2}nothing alike|\bdevoid of symmetry"
+        r"skewed|off-balance)\b|\bhalves (?:\w+ ){0,2}nothing alike|\bdevoid of symmetry"
         r"|\bnot (?:a |the )?mirror|\bneither half (?:mirrors|matches)|\bone half (?:\w+ ){0,2}(?:unlike|differ|not)"
     ),
     "symmetric": re.compile(
@@ -72,9 +67,7 @@ DRAWN = (
 )
 CRISP = (
     r"(?:sharp|razor-sharp|knife-sharp|crisp|clean|clear|distinct|neat|precise|definite|well-defined|"
-    r"well-demarcated|well-circumscribed|"
-    r"abrupt|clear-cut|clean-cut|"
-    r"sharp-cut)"
+    r"well-demarcated|well-circumscribed|abrupt|clear-cut|clean-cut|sharp-cut)"
 )
 BLURRED = (
     r"(?:blurred|blurry|fuzzy|hazy|vague|indistinct|unclear|soft|smudgy|smudged|diffuse|ill-defined|poor|washed-out|"
@@ -112,8 +105,7 @@ BORDER = {
         rf"discernible|found|fixed)\b|"
         rf"\b(?:hard|hardly|impossible|difficult|cannot|can not|can't|nobody|no one|unclear|not clear)\b[^.;,]*"
         rf"\bwhere (?:it|the lesion|one) (?:ends|stops|begins)\b|\bwhere (?:it|the lesion) (?:ends|stops)\b[^.;]*"
-        rf"\b(?:hard|impossible|difficult|unclear|nobody)\b|"
-        rf"\bno line (?:says|shows|marks|tells) where\b|"
+        rf"\b(?:hard|impossible|difficult|unclear|nobody)\b|\bno line (?:says|shows|marks|tells) where\b|"
         rf"\b(?:poorly|fuzzily|hazily|softly|ill|vaguely|badly|indistinctly|hardly|barely|weakly|faintly|"
         rf"imprecisely|loosely|"
         rf"scarcely)[- ]{DRAWN}\b|\b(?:not|cannot|can't|without|no) (?:\w+ )?(?:well|clearly|sharply|"
@@ -134,6 +126,9 @@ BORDER = {
         rf"definite|definable|clear-cut) {EDGE}"
     ),
 }  # fmt: skip
+AN_EDGE = re.compile(rf"\b{EDGE}\b")
+MIXTURE = re.compile(r"\b(?:mixture|mix|combination|blend) of\b")
+BOTH = (re.compile(rf"\b(?:{CRISP}|crisply|sharply)\b"), re.compile(rf"\b(?:{BLURRED}|blurring|fades?)\b"))
 
 
 def shape_claims(clean: str, facts: Facts, name: str) -> Claims:
@@ -141,7 +136,7 @@ def shape_claims(clean: str, facts: Facts, name: str) -> Claims:
     makes "not sharp" of a sharp border."""
     parts = [without(sentence, said.names_of(facts)) for sentence in sentences(clean)]
     find = _symmetry if name == "asymmetry" else _border
-    return [claim for part in parts for claim in find(part)]
+    return tuple(claim for part in parts for claim in find(part))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -159,7 +154,7 @@ def _symmetry(sentence: str) -> Claims:
         found.append((OPPOSITE[group] if denied else group, noun[0]))
     if not found:
         found = [(group, m[0]) for group, pattern in HALVES.items() if (m := pattern.search(sentence))][:1]
-    return found
+    return tuple(found)
 
 
 def _is_of_a_limb(sentence: str, claim: said.Claim) -> bool:
@@ -171,15 +166,9 @@ def _is_of_a_limb(sentence: str, claim: said.Claim) -> bool:
     )
 
 
-BOTH = (re.compile(rf"\b(?:{CRISP}|crisply|sharply)\b"), re.compile(rf"\b(?:{BLURRED}|blurring|fades?)\b"))
-
-
 def _is_both(sentence: str) -> bool:
     """Whether a border is said to be sharp and blurred at once: "a mixture of sharp and fading stretches"."""
-    if (
-        re.search(rf"\b{EDGE}\b", sentence) is None
-        or re.search(r"\b(?:mixture|mix|combination|blend) of\b", sentence) is None
-    ):
+    if MIXTURE.search(sentence) is None or AN_EDGE.search(sentence) is None:
         return False
     found = [pattern.search(sentence) for pattern in BOTH]
     return all(m is not None and not said.is_negated(sentence, m.start(), m.end()) for m in found)
@@ -188,7 +177,7 @@ def _is_both(sentence: str) -> bool:
 @functools.lru_cache(maxsize=1024)
 def _border(sentence: str) -> Claims:
     if _is_both(sentence):
-        return [("mixed", "mixed")]
+        return (("mixed", "mixed"),)
     told = said.claims(sentence, "border_names")
     groups = {claim.group for claim in told}
     found = [(f"not {c.group}", f"not {c.term}") if c.negated else (c.group, c.term) for c in told]
@@ -199,9 +188,7 @@ def _border(sentence: str) -> Claims:
             found.append((f"not {group}" if denied else group, match[0]))
     named = {group for group, _ in found}
     held = {group for group in named if not group.startswith("not ")}
-    if ("mixed", "mixed") in [(group, term.split()[-1]) for group, term in found] and {"sharp", "indistinct"} < held:
-        return [("mixed", "mixed")]  # "mixed: sharp above and indistinct below"
     at_odds = len(held) > 1 or any(f"not {group}" in named for group in held)
-    if at_odds and PARTLY.search(sentence):
-        return [("mixed", "partly")]
-    return found
+    if len(held) == 3 or (at_odds and PARTLY.search(sentence)):  # "mixed: sharp above and indistinct below"
+        return (("mixed", "partly"),)
+    return tuple(found)

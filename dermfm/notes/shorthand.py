@@ -20,6 +20,20 @@ SHADE = r"(light|dark)"
 OF_A_LIMB = r"(?=(?:hand|neck|head|knee|foot|ear|leg|thigh|arm|forearm)s?\b)"
 
 
+# The letter, the sign, what is meant, and another word for it
+SEXES = (("m", "♂", "male", r"masc(?:uline)?\b\.?"), ("f", "♀", "female", r"feminine\b"))
+
+
+def _alone(letter: str, sign: str, sex: str, word: str) -> list[tuple[str, str]]:
+    """ "; f;", "♀", "f 58", "feminine"."""
+    return [
+        (rf"(?<=[;,/] ){letter}(?= ?[;,/.])", sex),
+        (sign, f" {sex} "),
+        (rf"(?:^|(?<=[,;:] )){letter} ?(\d{{2}})(?=\W|$)", rf"\1-year-old {sex}"),
+        (rf"\b{word}", sex),
+    ]
+
+
 def _of_sex(letter: str, sex: str) -> list[tuple[str, str]]:
     """ "58m", "m/58", "a 58-year-old m", "sex: m"."""
     aged = rf"\1-year-old {sex}"
@@ -36,17 +50,11 @@ def _of_sex(letter: str, sex: str) -> list[tuple[str, str]]:
 PATTERNS = [
     (r"\b(\d{1,3}) ?-?(?:y/o|y\.o\.?|yo|yrs?[- ]old)\b", r"\1-year-old"),
     (r"\b(\d{1,3}) ?(?:yrs?)\b(?:\.(?! ?$))?", r"\1 years"),
-    (r"(?<=[;,/] )f(?=[;,/.])", "female"),
-    (r"(?<=[;,/] )m(?=[;,/.])", "male"),
-    (r"♂", " male "),
-    (r"♀", " female "),
-    (r"(?:^|(?<=[,;:] ))m ?(\d{2})(?=\W|$)", r"\1-year-old male"),
-    (r"(?:^|(?<=[,;:] ))f ?(\d{2})(?=\W|$)", r"\1-year-old female"),
+    *(row for who in SEXES for row in _alone(*who)),
     (r"\b(upper|lower) ext\b\.?(?! ?$)", r"\1 extremity"),
     (r"\b(\d{1,3}) ?y(?:rs?|ears?)?\.?(?: old)? (?=(?:fe)?male\b|(?:wo)?man\b|[mf]\b)", r"\1-year-old "),
     (r"\bx ?(\d+) ?(?:y|yrs?)\b", r"for \1 years"),
-    *_of_sex("m", "male"),
-    *_of_sex("f", "female"),
+    *(row for letter, _, sex, _ in SEXES for row in _of_sex(letter, sex)),
     (r"\bpt\b\.?", "patient"),
     (r"\babd\b\.?", "abdomen"),
     (r"\bclin\b\.?", "clinical"),
@@ -60,12 +68,10 @@ PATTERNS = [
     (r"\bfoto\b", "photo"),
     (r"\basymm?\b\.?", "asymmetric"),
     (r"\bsymm?\b\.?", "symmetric"),
-    (r"\bh ?& ?n\b", "head and neck"),
+    (r"\bh ?& ?n\b|\bhead-and-neck\b", "head and neck"),
     (r"\bhead(?:-or-|-)neck\b", "head or neck"),
-    (r"\bmasc(?:uline)?\b\.?", "male"),
     (r"\bcell ca\b\.?", "cell carcinoma"),
     (r"\b(\d{1,3}) years? old\b", r"\1-year-old"),
-    (r"\bhead-and-neck\b", "head and neck"),
     (r"\bd'?scopy\b", "dermoscopy"),
     *(
         (rf"\b(in (?:her|his|their) (?:early |mid[- ]?|late )?){first}0s\b", rf"\1{word}")
@@ -73,9 +79,6 @@ PATTERNS = [
     ),
     (r"\bbrn\b", "brown"),
     (r"\bblk\b", "black"),
-    (r"/ f /", "/ female /"),
-    (r"/ m /", "/ male /"),
-    (r"\bfeminine\b", "female"),
     (r"\bi\.e\.(?=[ ,])", "that is"),
     (r"\be\.g\.(?=[ ,])", "such as"),
     (r"\banything but\b", "not"),

@@ -26,12 +26,10 @@ OWN_WILL = (
     r"(?:'m| am| are|'re) (?:sorry|afraid|not|unable|glad|happy|more than happy|pleased|delighted|grateful|here to|"
     r"ready|writing|sending|reaching|looking forward|going to|able|designed|programmed|trained)|"
     r"(?:'ll| will) (?:now |then |also |just |gladly )?(?:add|provide|describe|give|write|explain|summari[sz]e|help|"
-    r"try|need|be|include|draft)|"
-    r"(?:'d|would) (?:be|like|love|need|appreciate)|"
+    r"try|need|be|include|draft)|(?:'d|would) (?:be|like|love|need|appreciate)|"
     r" (?:need|hope|apologi[sz]e|regret|appreciate|understand|assume|wish|trust|look forward|must|lack)|"
     r"(?:'ve| have) (?:used|included|written|summari[sz]ed|provided|added|kept|omitted|avoided|followed|tried|"
-    r"prepared|drafted|no )|"
-    r" (?:was|were) (?:not )?(?:given|asked|told|provided)|"
+    r"prepared|drafted|no )| (?:was|were) (?:not )?(?:given|asked|told|provided)|"
     r" (?:have not|haven't|do not|don't|did not|didn't|cannot|can't|could not|couldn't|won't|will not)"
 )
 TEXT = (
